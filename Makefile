@@ -1,0 +1,107 @@
+# Everything that people and machines run here. Each target sets up what it needs by itself.
+#
+#   PYTHON=python3.12   which Python makes .venv (3.11 or later; by default the first one found)
+#   TORCH_INDEX=URL     where torch comes from; the default serves CPU wheels, which are small.
+#                       A CUDA machine wants https://download.pytorch.org/whl/cu128, say; an
+#                       empty TORCH_INDEX, or one out of reach, means pip's own index.
+#   PYTEST_ARGS=...     more arguments for pytest, such as -k round
+#   BENCH_ARGS=...      arguments for the benchmark
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+# Debian keeps brokers outside the path of ordinary users.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin
+
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+TEST_WORKERS ?= 2
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+BIN310 := .venv310/bin
+STAMP310 := .venv310/.installed
+
+.PHONY: help
+help: ## Say what can be made
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+# --- set-up -----------------------------------------------------------------------------------
+
+.PHONY: install
+install: $(STAMP) ## Make .venv with both programs and all tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@python="$$(.ci/find-python '3.11' $(PYTHON))"; \
+	test -x $(BIN)/python || { echo "making .venv with $$python"; "$$python" -m venv .venv; }
+	@index="$$($(BIN)/python .ci/reachable.py '$(TORCH_INDEX)')"; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $${index:+--extra-index-url "$$index"} \
+		--constraint constraints.txt --editable '.[coordinator,dev]'
+	@touch $@
+
+$(STAMP310): pyproject.toml constraints.txt
+	@python="$$(.ci/find-python '3.10' only)"; \
+	test -x $(BIN310)/python || { echo "making .venv310 with $$python"; "$$python" -m venv .venv310; }
+	@$(BIN310)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[text,test]'
+	@touch $@
+
+.PHONY: mosquitto
+mosquitto:
+	@if ! command -v mosquitto >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing mosquitto"; \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
+			apt-get -qq install -y --no-install-recommends mosquitto; } >/dev/null || true; \
+	fi; \
+	command -v mosquitto >/dev/null || echo \
+		"NOTE: no mosquitto on this machine, so tests marked 'broker' are skipped (apt-get install mosquitto)"
+
+# --- gates ------------------------------------------------------------------------------------
+
+.PHONY: check
+check: install ## Format, lint, types, import contracts, spelling, compose files
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/lint-imports --no-cache | sed -nE '/(BROKEN|->|Contracts:|ignored)/p'
+	$(BIN)/codespell
+	@$(MAKE) --no-print-directory check-docker
+
+.PHONY: check-docker
+check-docker:
+	@if docker compose version >/dev/null 2>&1; then \
+		for file in docker/compose*.yaml; do docker compose -f "$$file" config --quiet; done; \
+	else echo "NOTE: no docker compose here, so docker/compose*.yaml were not checked"; fi
+	@if command -v hadolint >/dev/null; then hadolint docker/*.Dockerfile; \
+	else echo "NOTE: no hadolint here, so docker/*.Dockerfile were not checked"; fi
+
+.PHONY: test
+test: install mosquitto ## All tests; the agent and shared on Python 3.10 too, where there is one
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@if .ci/find-python '3.10' only >/dev/null 2>&1; then $(MAKE) --no-print-directory test-310; \
+	else echo "NOTE: no Python 3.10 here, so the agent was not tested on it"; fi
+
+# The agent's own environment: no torch, no transformers. Tests that import them (directly, or by
+# what tests/support/tiny_models.py builds) belong to the run above.
+HEAVY := ^ *(import|from) +(torch|transformers|peft|amqtt|coordinator|shared\.modeling|tests\.support\.tiny_models)
+LIGHT_TESTS = $(shell grep -LE '$(HEAVY)' -r --include='test_*.py' tests/unit/shared tests/unit/edge_agent tests/property)
+
+.PHONY: test-310
+test-310: $(STAMP310)
+	$(BIN310)/python -m pytest -q $(LIGHT_TESTS)
+
+# --- programs ---------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: install ## Fine-tune a small model on three unequal agents, on this machine
+	$(BIN)/hsplit-coordinator demo
+
+.PHONY: bench
+bench: install mosquitto ## Split training against one process, and bytes against the minimum
+	$(BIN)/python -m tests.testbed.bench_throughput $(BENCH_ARGS)
+
+.PHONY: clean
+clean: ## Remove environments, caches and builds; runs/ stays
+	rm -rf .venv .venv310 build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,357 @@
+"""The loop of the coordinator: what arrives → members, round, trainer → what goes out.
+
+One thread does everything, in turns: take what arrived, look at the clock, carry out one
+micro-batch. So no state needs a lock, and a test can drive it with a clock of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from coordinator.checkpoints import Checkpoint
+from coordinator.exchange import Failed
+from coordinator.global_model import GlobalModel
+from coordinator.handback import HandBack
+from coordinator.membership import Membership, StaleRequestError, refusal_code
+from coordinator.model_store import ModelStore
+from coordinator.planner import DevicePlan, plan_device
+from coordinator.registry import Member, Stage
+from coordinator.reporting import Reporter
+from coordinator.round_driver import RoundDriver
+from coordinator.rounds import Round
+from coordinator.settings import CoordinatorSettings
+from coordinator.wire_adapters import to_wire
+from shared.architecture import ModelArchitecture
+from shared.clock import Clock
+from shared.errors import HsplitError, ProtocolError, QuorumError
+from shared.protocol.messages import (
+    Activations,
+    Assignment,
+    DeviceId,
+    EvaluationResult,
+    Finished,
+    HiddenGradients,
+    JoinRequest,
+    Message,
+    PieceBytes,
+    PieceRequest,
+    Prepared,
+    Ready,
+    Refusal,
+    Request,
+    RoundResult,
+    RoundStart,
+)
+from shared.protocol.tensors import TensorFrame
+from shared.transport.base import LinkDown
+from shared.transport.link import LinkEvent, MessageLink, Received, StatusSeen, Unreadable
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 1.0
+RUN_COMPLETE = "the run is complete"
+
+
+class Coordinator:
+    """Runs one run to its end. Belongs to one thread; `turn` until `finished`."""
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        *,
+        link: MessageLink,
+        clock: Clock,
+        store: ModelStore,
+        architecture: ModelArchitecture,
+        model: GlobalModel,
+        reporter: Reporter,
+        save_checkpoint: Callable[[Checkpoint], None],
+        next_round: int = 1,
+    ) -> None:
+        """Take a started link and the state to go on from."""
+        self._settings = settings
+        self._link = link
+        self._clock = clock
+        self._store = store
+        self._architecture = architecture
+        self._model = model
+        self._reporter = reporter
+        self._save_checkpoint = save_checkpoint
+        self._next_round = next_round
+        self._driver: RoundDriver | None = None
+        self._quorum_since_s: float | None = None
+        self._idle_since_s = clock.monotonic_s()
+        self._next_tick_s = clock.monotonic_s()
+        self.finished = False
+        self.members = Membership(
+            link,
+            clock,
+            run_id=settings.run_id,
+            model=store.describe(),
+            terms=(settings.training_terms, settings.lora, settings.optimizer),
+            lost_after_s=settings.devices.lost_after_s,
+            on_lost=self._lost,
+        )
+
+    @property
+    def phase(self) -> str:
+        """What the run is doing, in a few words."""
+        if self.finished:
+            return "finished"
+        if self._driver is None:
+            return "waiting for devices"
+        return f"round {self._driver.round.number}, step {self._driver.round.step}"
+
+    @property
+    def next_due_s(self) -> float:
+        """When `turn` has something to do though nothing arrives."""
+        return self._next_tick_s
+
+    def turn(self, timeout_s: float) -> bool:
+        """Take what arrived, waiting up to ``timeout_s`` where there is no work; do one job.
+
+        Returns whether anything happened.
+
+        Raises:
+            QuorumError: too few devices for too long.
+            StorageError: a checkpoint cannot be written.
+        """
+        did = self._work()
+        event = self._link.receive(0.0 if did else timeout_s)
+        while event is not None:
+            did = True
+            self._handle(event)
+            event = self._link.receive(0.0)
+        if self._clock.monotonic_s() >= self._next_tick_s:
+            self._next_tick_s = self._clock.monotonic_s() + TICK_S
+            self.members.tick()
+            self._drop_the_silent()
+        self._close_round_if_over()
+        if self._driver is None and not self.finished:
+            self._start_round_if_due()
+        return did
+
+    # --- what arrives -------------------------------------------------------------------------
+
+    def _handle(self, event: LinkEvent) -> None:
+        if isinstance(event, Received):
+            self._handle_message(event.address.device, event.message)
+        elif isinstance(event, StatusSeen):
+            self.members.handle_status(event)
+        elif isinstance(event, Unreadable):
+            self.members.handle_unreadable(event)
+        elif isinstance(event, LinkDown):
+            logger.warning("link to the broker lost (%s), reconnecting", event.reason)
+
+    def _handle_message(self, device: DeviceId, message: Message) -> None:
+        if isinstance(message, JoinRequest) or not isinstance(message, Request):
+            self.members.handle_other(device, message)
+            return
+        member = self.members.member_of(device, message.call.session)
+        if member is None:
+            return
+        try:
+            if member.book.admit(message.call):
+                self._carry_out(member, message)
+        except HsplitError as error:
+            self._refuse(member, message, error)
+
+    def _refuse(self, member: Member, request: Request, error: HsplitError) -> None:
+        code = refusal_code(error)
+        level = logging.INFO if code == "stale" else logging.WARNING
+        logger.log(level, "%s: %s refused: %s", member.device_id, request.type, error)
+        self.members.answer(member, Refusal(call=request.call, code=code, reason=str(error)[:4000]))
+        if code == "stale":
+            self._set_back(member)
+
+    def _carry_out(self, member: Member, request: Request) -> None:
+        if isinstance(request, PieceRequest):
+            self._serve_piece(member, request)
+        elif isinstance(request, Ready):
+            self._assign(member, request)
+        elif isinstance(request, Prepared):
+            self._prepared(member, request)
+        elif self._driver is None:
+            raise StaleRequestError("no round is open")
+        elif isinstance(request, (Activations, HiddenGradients)):
+            self._driver.submit(member, request)
+        elif isinstance(request, EvaluationResult):
+            self._driver.evaluated(member, request)
+        elif isinstance(request, RoundResult):
+            self._driver.delivered(member, request)
+            member.waiting = request.call
+            member.stage = Stage.PREPARED
+
+    def _serve_piece(self, member: Member, request: PieceRequest) -> None:
+        data = self._store.read(request.sha256, offset=request.offset, length=request.length)
+        frame = TensorFrame("uint8", (len(data),), data)
+        self.members.answer(
+            member,
+            PieceBytes(call=request.call, sha256=request.sha256, offset=request.offset, data=frame),
+        )
+
+    # --- getting ready ------------------------------------------------------------------------
+
+    def _assign(self, member: Member, request: Ready) -> None:
+        if self.finished:
+            self.members.answer(member, Finished(call=request.call, reason=RUN_COMPLETE))
+            return
+        if member.stage is Stage.DONE:
+            member.waiting = request.call
+            return
+        member.plan = plan_device(
+            member.device_id,
+            self._settings.device(member.device_id),
+            architecture=self._architecture,
+            training=self._settings.training_terms,
+            declared_limit_bytes=member.profile.memory_limit_bytes,
+        )
+        member.plan_version += 1
+        member.stage = Stage.PREPARING
+        member.fresh = True
+        self.members.answer(
+            member,
+            Assignment(
+                call=request.call,
+                plan_version=member.plan_version,
+                split_layer=member.plan.split_layer,
+                ranks=dict(member.plan.ranks),
+                batch=member.plan.batch,
+                micro_batch=member.plan.micro_batch,
+                in_flight=member.plan.in_flight,
+            ),
+        )
+
+    def _prepared(self, member: Member, request: Prepared) -> None:
+        if member.stage is not Stage.PREPARING or request.plan_version != member.plan_version:
+            raise ProtocolError(f"plan {request.plan_version} is not the one to prepare")
+        member.stage = Stage.PREPARED
+        member.waiting = request.call
+        logger.info("%s is prepared", member.device_id)
+
+    def _start_round_if_due(self) -> None:
+        prepared = [m for m in self.members.registry if m.stage is Stage.PREPARED]
+        rules = self._settings.devices
+        now = self._clock.monotonic_s()
+        if len(prepared) < rules.min:
+            self._quorum_since_s = None
+            if now - self._idle_since_s > rules.join_timeout_s:
+                raise QuorumError(
+                    f"{len(prepared)} of at least {rules.min} devices were ready within "
+                    f"{rules.join_timeout_s:.0f} s: start more agents, or lower devices.min"
+                )
+            return
+        if self._quorum_since_s is None:
+            self._quorum_since_s = now
+        first = self._next_round == 1 and rules.expected != len(prepared)
+        if first and now - self._quorum_since_s < rules.wait_s and rules.expected != rules.min:
+            return
+        self._start_round(prepared)
+
+    # --- rounds -------------------------------------------------------------------------------
+
+    def _start_round(self, members: list[Member]) -> None:
+        number, count = self._next_round, self._settings.rounds.count
+        first_step = (number - 1) * self._settings.rounds.steps
+        steps = self._settings.rounds.steps if number <= count else 0
+        handed = self._model.start_round(number, members)
+        plans = {member.device_id: member.plan for member in members if member.plan is not None}
+        alone = frozenset(device for device, plan in plans.items() if self._is_alone(plan))
+        self._driver = RoundDriver(
+            Round(
+                number,
+                first_step=first_step,
+                steps=steps,
+                exchanging=plans.keys() - alone,
+                alone=alone,
+            ),
+            holders=handed.holders,
+            alone=alone,
+            model=self._model,
+            members=self.members,
+            reporter=self._reporter,
+            optimizer=self._settings.optimizer,
+            total_steps=self._settings.total_steps,
+        )
+        state = self._reporter.state()
+        self._save_checkpoint(
+            self._model.checkpoint(round_=number - 1, step=first_step, state=state)
+        )
+        self._reporter.round_started(number, of=count, plans=plans)
+        for member in members:
+            self._hand_back(member, handed, first_step=first_step, steps=steps)
+
+    def _is_alone(self, plan: DevicePlan) -> bool:
+        holds_all = plan.split_layer == self._architecture.block_count
+        return holds_all and self._settings.training.labels == "device"
+
+    def _hand_back(self, member: Member, handed: HandBack, *, first_step: int, steps: int) -> None:
+        assert member.waiting is not None  # it is prepared
+        start = RoundStart(
+            call=member.waiting,
+            round=handed.round,
+            first_step=first_step,
+            steps=steps,
+            evaluate=True,
+            adapters=to_wire(handed.adapters_of(member.device_id)),
+            fold=handed.fold,
+            folded_round=0 if member.fresh else handed.round - 1,
+        )
+        member.waiting = None
+        member.stage = Stage.IN_ROUND if steps else Stage.DONE
+        member.fresh = False
+        member.asked_s = self._clock.monotonic_s()
+        self.members.answer(member, start)
+
+    def _work(self) -> bool:
+        did = False if self._driver is None else self._driver.work()
+        if isinstance(did, Failed):
+            self._refuse(did.member, did.job, did.error)
+            return True
+        return did
+
+    def _close_round_if_over(self) -> None:
+        driver = self._driver
+        if driver is None or driver.outcome is None:
+            return
+        self._driver = None
+        self._idle_since_s = self._clock.monotonic_s()
+        if driver.round.number > self._settings.rounds.count:
+            self._finish()
+        elif not driver.outcome.delivered:
+            logger.warning("round %d: every device was lost, it is repeated", driver.round.number)
+            self._model.void_round()
+        else:
+            driver.aggregate()
+            self._next_round += 1
+
+    def _finish(self) -> None:
+        self.finished = True
+        for member in self.members.registry:
+            if member.waiting is not None:
+                self.members.answer(member, Finished(call=member.waiting, reason=RUN_COMPLETE))
+                member.waiting = None
+
+    # --- losing devices -----------------------------------------------------------------------
+
+    def _lost(self, member: Member) -> None:
+        if self._driver is not None:
+            self._driver.lose(member)
+
+    def _set_back(self, member: Member) -> None:
+        """Leave a member out of the open round; it may take part in the next."""
+        self._lost(member)
+        member.stage = Stage.JOINED
+        member.waiting = None
+        member.fresh = True
+
+    def _drop_the_silent(self) -> None:
+        """Go on without those that the round waits for and that asked nothing for too long."""
+        limit = self._settings.devices.step_timeout_s
+        now = self._clock.monotonic_s()
+        for member in self.members.registry:
+            awaited = self._driver is not None and self._driver.is_awaited(member)
+            if awaited and now - member.asked_s > limit:
+                logger.warning("%s asked nothing for %.0f s, left out", member.device_id, limit)
+                self._set_back(member)

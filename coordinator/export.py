@@ -1,0 +1,159 @@
+"""The global update as a PEFT adapter folder that `PeftModel.from_pretrained` opens.
+
+Shape suffixes: I input features, O output features, R rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from coordinator.aggregation import GlobalUpdate
+from coordinator.atomic_folder import replacing
+from coordinator.factoring import split_evenly
+from coordinator.model_card import ModelCard, render
+from shared.adapters import AdapterState, LoraPair
+from shared.errors import ModelError, PlanError
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def export_adapter(
+    update: GlobalUpdate, base: str, folder: Path, *, card: ModelCard, revision: str | None = None
+) -> Path:
+    """Write ``update`` as a PEFT folder at ``folder``, replacing what was there; return it.
+
+    ``base``: the Hugging Face name or folder of the base model. Each module gets its own rank;
+    every scaling is 1. PEFT itself names and sizes the tensors (on a model without weights), so
+    that a folder which it could not open is not written.
+
+    Raises:
+        ModelError: the base cannot be found, or has no such modules or shapes.
+        PlanError: the run adapts no module.
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    pairs = _pairs(update)
+    model_config = _base_config(base, revision)
+    lora = _lora_config(pairs, base, revision=revision, model_type=model_config.model_type)
+    tensors = _tensors(pairs)
+    _check_with_peft(tensors, lora=lora, model_config=model_config)
+    with replacing(folder) as fresh:
+        lora.save_pretrained(str(fresh))
+        save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+        readme = render(card, largest_rank=int(lora.r))
+        (fresh / "README.md").write_text(readme, encoding="utf-8")
+    return folder
+
+
+def export_merged(adapter: Path, base: str, folder: Path, *, revision: str | None = None) -> Path:
+    """Write base + adapter as a full model at ``folder``, with its tokenizer; return it.
+
+    Merged in float32 and stored in the base's own dtype.
+
+    Raises:
+        ModelError: the base cannot be found.
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    config = _base_config(base, revision)
+    plain = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()
+    merged = merged.to(config.dtype or torch.float32)
+    with replacing(folder) as fresh:
+        merged.save_pretrained(fresh)
+        if _has_tokenizer(base):
+            AutoTokenizer.from_pretrained(base, revision=revision).save_pretrained(fresh)
+    return folder
+
+
+def _pairs(update: GlobalUpdate) -> AdapterState:
+    """Return the modules that have an update; where none has, all of them with a product of 0."""
+    if not update:
+        raise PlanError("nothing to export: this run adapts no module; check lora.target_modules")
+    pairs = {m: split_evenly(one.total) for m, one in sorted(update.items()) if one.total.rank}
+    return pairs or {m: _nothing(*one.total.shape) for m, one in sorted(update.items())}
+
+
+def _nothing(out_features: int, in_features: int) -> LoraPair:
+    """Return a rank 1 pair of product 0 that can still be trained: PEFT allows no rank 0."""
+    a_RI = np.full((1, in_features), in_features**-0.5, dtype=np.float32)
+    return LoraPair(a_RI, np.zeros((out_features, 1), dtype=np.float32), 1.0)
+
+
+def _lora_config(
+    pairs: AdapterState, base: str, *, revision: str | None, model_type: str
+) -> LoraConfig:
+    """Return PEFT's configuration: largest rank as ``r``, the other ranks as patterns.
+
+    alpha = rank everywhere, so the scaling is 1 even for a reader that ignores the patterns.
+    PEFT takes a pattern's key for a regular expression on the end of the module path; these are
+    escaped and anchored, so each means exactly one module.
+    """
+    r = max(pair.rank for pair in pairs.values())
+    pattern = {f"^{re.escape(m)}": pair.rank for m, pair in pairs.items() if pair.rank != r}
+    return LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=list(pairs),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=model_type == "gpt2",  # its Conv1D keeps weights as (in, out)
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=base,
+        revision=revision,
+    )
+
+
+def _tensors(pairs: AdapterState) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for module, pair in pairs.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.from_numpy(pair.a_RI)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.from_numpy(pair.b_OR)
+    return tensors
+
+
+def _check_with_peft(
+    tensors: Mapping[str, torch.Tensor], *, lora: LoraConfig, model_config: PretrainedConfig
+) -> None:
+    try:
+        with torch.device("meta"):
+            plain: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
+            skeleton = get_peft_model(plain, lora)
+    except ValueError as error:
+        raise ModelError(f"the base model does not take this adapter: {error}") from error
+    expected = {name: t.shape for name, t in get_peft_model_state_dict(skeleton).items()}
+    ours = {name: tensor.shape for name, tensor in tensors.items()}
+    wrong = sorted(n for n in expected.keys() | ours.keys() if expected.get(n) != ours.get(n))
+    if wrong:
+        raise ModelError(
+            f"the base model does not take this adapter: {wrong[0]} is {ours.get(wrong[0])} here "
+            f"and {expected.get(wrong[0])} there; was it trained on another model?"
+        )
+
+
+def _base_config(base: str, revision: str | None) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(base, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"base model {base!r} cannot be loaded: {error}") from error
+    return config
+
+
+def _has_tokenizer(base: str) -> bool:
+    """Say whether a local folder has a tokenizer; a model of the hub has one."""
+    return not Path(base).is_dir() or (Path(base) / "tokenizer.json").exists()

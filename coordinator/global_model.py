@@ -1,0 +1,189 @@
+"""The state of the model between rounds: the global update, and the server's part of the model.
+
+Between two rounds everything that matters is here, so a checkpoint of it is a checkpoint of the
+run, and a round that nobody finished is undone by going back to it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from coordinator.aggregation import (
+    SERVER,
+    Aggregated,
+    Contribution,
+    GlobalUpdate,
+    aggregate,
+    initial,
+)
+from coordinator.checkpoints import Checkpoint
+from coordinator.handback import HandBack, Holder, carry_on, hand_back
+from coordinator.model_store import ModelStore
+from coordinator.planner import adaptable_shapes, adapted
+from coordinator.registry import Member
+from coordinator.server_training import ServerTrainer
+from coordinator.settings import CoordinatorSettings
+from shared.adapters import FactoredDelta, HeldAdapters, ModuleAdapter
+from shared.architecture import ModelArchitecture
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Boundary:
+    """The server's part as a round found it."""
+
+    held: HeldAdapters
+    optimizer: Mapping[str, Any]
+
+
+class GlobalModel:
+    """Base + global update, and the trainer of the back. Belongs to the owner's thread."""
+
+    def __init__(
+        self, settings: CoordinatorSettings, store: ModelStore, architecture: ModelArchitecture
+    ) -> None:
+        """Start with no update at all; the trainer is built for the first round."""
+        self._settings = settings
+        self._store = store
+        self._architecture = architecture
+        self._mode = settings.aggregation.hand_back
+        self._deltas: Mapping[str, FactoredDelta] | None = None
+        self._boundary = _Boundary({}, {})
+        self._server_is_fresh = True
+        self._server_held: HeldAdapters = {}
+        self._resumed: _Boundary | None = None
+        self.update: GlobalUpdate = initial(adaptable_shapes(settings.lora, architecture))
+        self.trainer: ServerTrainer | None = None
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint."""
+        self.update = checkpoint.update
+        self._resumed = _Boundary(checkpoint.server, checkpoint.optimizer)
+
+    def checkpoint(self, *, round_: int, step: int, state: Mapping[str, Any]) -> Checkpoint:
+        """Return what `resume` needs to start round ``round_`` + 1 again."""
+        return Checkpoint(
+            round=round_,
+            step=step,
+            update=self.update,
+            server=self._boundary.held,
+            optimizer=self._boundary.optimizer,
+            state=state,
+        )
+
+    def start_round(self, number: int, members: Sequence[Member]) -> HandBack:
+        """Prepare the server's part for the members' split layers, and decide the hand-back."""
+        first_block = self._first_block(members)
+        if first_block is not None:
+            self._provide_trainer(first_block)
+        holders = [_device_holder(member) for member in members]
+        if self.trainer is not None:
+            holders.append(self._server_holder(self.trainer.first_block))
+        handed = hand_back(
+            self.update,
+            holders,
+            mode=self._mode,
+            seed=self._settings.training.seed,
+            round_=number,
+            deltas=self._deltas,
+        )
+        self.update = handed.update
+        self._deltas = None  # handed out: a round that starts again must not fold them twice
+        if self.trainer is not None:
+            self._hand_to_server(self.trainer, handed)
+        return handed
+
+    def finish_round(self, contributions: Sequence[Contribution]) -> Aggregated:
+        """Aggregate what the round brought into the global update."""
+        aggregated = aggregate(
+            self.update,
+            contributions,
+            server={} if self.trainer is None else self.trainer.adapters(),
+            mode=self._mode,
+            tolerance=self._settings.aggregation.tolerance,
+        )
+        self.update, self._deltas = aggregated.update, aggregated.deltas
+        return aggregated
+
+    def void_round(self) -> None:
+        """Undo what an unfinished round did to the server's part."""
+        if self.trainer is not None:
+            self._put_back(self.trainer, self._boundary)
+
+    def _first_block(self, members: Sequence[Member]) -> int | None:
+        """Return the first block that the server needs; None where it needs nothing."""
+        blocks = self._architecture.block_count
+        splits = [m.plan.split_layer for m in members if m.plan is not None]
+        if self._settings.training.labels == "device":
+            splits = [split for split in splits if split < blocks]
+        if self.trainer is not None:
+            splits.append(self.trainer.first_block)
+        return min(splits, default=None)
+
+    def _provide_trainer(self, first_block: int) -> None:
+        if self.trainer is not None and self.trainer.first_block == first_block:
+            return
+        before = self._resumed
+        if self.trainer is not None:
+            before = self._snapshot(self.trainer)
+        self.trainer = ServerTrainer(
+            self._store.config,
+            self._store.tensors(),
+            first_block=first_block,
+            training=self._settings.training_terms,
+            lora=self._settings.lora,
+            optimizer=self._settings.optimizer,
+        )
+        logger.info("the server holds blocks %d to %d", first_block, self._architecture.block_count)
+        # What `merge` folded into the base is gone with the old trainer: all of it comes anew.
+        self._server_is_fresh = before is None or self._mode == "merge"
+        if before is not None and not self._server_is_fresh:
+            self._put_back(self.trainer, before)
+        self._resumed = None
+
+    def _hand_to_server(self, trainer: ServerTrainer, handed: HandBack) -> None:
+        replaced = handed.adapters_of(SERVER)
+        before = {} if self._server_is_fresh else self._server_held
+        trained = trainer.adapters()
+        trainer.set_adapters(replaced, fold=handed.fold)
+        if handed.fold:
+            replaced = {module: ModuleAdapter(one.trainable) for module, one in replaced.items()}
+        self._server_held = carry_on(before, trained=trained, replaced=replaced)
+        self._server_is_fresh = False
+        self._boundary = _Boundary(self._server_held, trainer.optimizer_state())
+
+    def _snapshot(self, trainer: ServerTrainer) -> _Boundary:
+        held = carry_on(self._server_held, trained=trainer.adapters(), replaced={})
+        return _Boundary(held, trainer.optimizer_state())
+
+    def _put_back(self, trainer: ServerTrainer, boundary: _Boundary) -> None:
+        self._server_held = boundary.held
+        trainer.set_adapters(boundary.held, fold=False)
+        trainer.restore_optimizer(boundary.optimizer)
+
+    def _server_holder(self, first_block: int) -> Holder:
+        blocks = range(first_block, self._architecture.block_count)
+        ranks, scalings = adapted(self._settings.lora, self._architecture, blocks)
+        return Holder(
+            name=SERVER,
+            blocks=blocks,
+            ranks=dict(ranks),
+            scalings=dict(scalings),
+            fresh=self._server_is_fresh,
+        )
+
+
+def _device_holder(member: Member) -> Holder:
+    plan = member.plan
+    assert plan is not None  # participants have one
+    return Holder(
+        name=member.device_id,
+        blocks=range(plan.split_layer),
+        ranks=dict(plan.ranks),
+        scalings=dict(plan.scalings),
+        fresh=member.fresh,
+    )

@@ -1,0 +1,158 @@
+"""What a run measured: ``metrics.jsonl``, TensorBoard events and ``summary.json``.
+
+A metric's name is its TensorBoard tag: ``train/loss``, ``eval/perplexity``,
+``device/<id>/step_s``. Its step is the number of optimizer steps done when it was measured,
+so the evaluation before training stands at step 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO
+
+from shared.atomic import replace_file
+from shared.clock import Clock
+from shared.errors import StorageError
+from shared.protocol.messages import DeviceId
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+
+
+class MetricsWriter:
+    """Appends measurements to a run's folder. Belongs to the owner's thread."""
+
+    def __init__(
+        self, run_folder: Path, clock: Clock, *, tensorboard: bool, resumed_step: int | None = None
+    ) -> None:
+        """Open the files of ``run_folder``.
+
+        ``resumed_step``: the run goes on from a checkpoint after this many steps. What was
+        measured later is dropped, for it will be measured again. None begins anew.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        self._clock = clock
+        path = run_folder / METRICS_FILE
+        replace_file(path, b"".join(_kept_lines(path, resumed_step)))
+        self._file: BinaryIO = path.open("ab", buffering=0)
+        self._events = _open_events(run_folder, resumed_step) if tensorboard else None
+
+    def write(self, values: Mapping[str, float], *, round_: int, step: int) -> None:
+        """Append one line, with all ``values`` measured after ``step`` steps, and flush it.
+
+        A value that is not finite becomes null: JSON has no NaN.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        record = {"time": self._clock.wall_s(), "round": round_, "step": step, **known}
+        try:
+            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            raise StorageError(f"{self._file.name} cannot be written: {error.strerror}") from error
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Push TensorBoard's events to disk; the lines of JSON are there already."""
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Close the files. May be called twice."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> MetricsWriter:
+        """Return the writer itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the files."""
+        self.close()
+
+
+def _open_events(run_folder: Path, resumed_step: int | None) -> SummaryWriter:
+    # It takes a second to import, and not every run writes events.
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
+    purge = None if resumed_step is None else resumed_step + 1
+    return SummaryWriter(str(run_folder / "tensorboard"), purge_step=purge)
+
+
+def _kept_lines(path: Path, resumed_step: int | None) -> Iterator[bytes]:
+    """Yield the lines up to ``resumed_step``, without one that a crash cut off."""
+    if resumed_step is None or not path.exists():
+        return
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if line.endswith(b"\n") and step <= resumed_step:
+            yield line
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, float | None]]:
+    """Return every line of a run's ``metrics.jsonl``, oldest first; none without the file.
+
+    After a resume an evaluation may stand there twice; the later line counts.
+    """
+    path = run_folder / METRICS_FILE
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSummary:
+    """What one device did: its last plan, and the tokens it predicted in training."""
+
+    split_layer: int
+    ranks: Mapping[str, int]
+    target_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a run did: the contents of ``summary.json``.
+
+    Perplexities are of the held-out text of all devices; None where there was none. Bytes are
+    payload over the broker, ``up`` from the devices, ``down`` to them.
+    """
+
+    perplexity_before: float | None
+    perplexity_after: float | None
+    steps: int
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    devices: Mapping[DeviceId, DeviceSummary]
+
+    def save(self, run_folder: Path) -> Path:
+        """Write ``summary.json`` whole or not at all, and return its path.
+
+        Raises:
+            StorageError: the disk is full, or the folder cannot be written.
+        """
+        path = run_folder / SUMMARY_FILE
+        replace_file(path, json.dumps(asdict(self), indent=2).encode() + b"\n")
+        return path

@@ -1,0 +1,111 @@
+"""The README.md of an exported adapter: what it was trained from, how, by whom, and how well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from shared.terms import HandBackMode, LabelMode
+
+_CODE = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```"""
+
+_LABELS = {
+    "device": "so did its labels",
+    "server": "its labels, which are its token ids, went to the server",
+}
+
+_HAND_BACK = {
+    "residual": "residual hand-back (the part that a device's rank cannot train is carried frozen)",
+    "merge": "merge hand-back (the update is folded into the base after every round)",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardDevice:
+    """One row of the card's table; ``ranks`` the different LoRA ranks the device trained."""
+
+    device: str
+    split_layer: int
+    ranks: Sequence[int]
+    target_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What is known of a run when its adapter is exported; None where it is not known."""
+
+    base_model: str
+    run_id: str
+    hand_back: HandBackMode
+    labels: LabelMode
+    rounds: int
+    steps: int
+    devices: Sequence[CardDevice]
+    base_licence: str | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+
+
+def render(card: ModelCard, *, largest_rank: int) -> str:
+    """Return the card as Markdown with Hugging Face's YAML header."""
+    before, after = _number(card.perplexity_before), _number(card.perplexity_after)
+    licence = card.base_licence or "not known: look it up before you share this adapter"
+    return "\n".join(
+        (
+            "---",
+            yaml.safe_dump(_header(card), sort_keys=False).rstrip(),
+            "---",
+            "",
+            f"# LoRA adapter of run {card.run_id}",
+            "",
+            f"Fine-tuned from **{card.base_model}** (licence: {licence}) with hsplit: split",
+            "learning with LoRA on unequal devices (HSplitLoRA, arXiv:2505.02795). The text",
+            f"stayed on the devices, and {_LABELS[card.labels]}.",
+            "",
+            f"* {card.rounds} rounds, {card.steps} steps; exact factored aggregation,",
+            f"  {_HAND_BACK[card.hand_back]}",
+            f"* perplexity on held-out text: {before} before, {after} after",
+            f"* rank of this adapter: up to {largest_rank}, each module's own in `rank_pattern`;",
+            "  scaling 1 throughout",
+            "",
+            *_table(card.devices),
+            "",
+            _CODE.format(base=card.base_model),
+            "",
+        )
+    )
+
+
+def _header(card: ModelCard) -> dict[str, Any]:
+    header: dict[str, Any] = {"base_model": card.base_model}
+    if card.base_licence:
+        header["license"] = card.base_licence
+    header["library_name"] = "peft"
+    header["pipeline_tag"] = "text-generation"
+    header["tags"] = ["lora", "hsplit", "split-learning", "federated-learning", "peft"]
+    return header
+
+
+def _table(devices: Sequence[CardDevice]) -> tuple[str, ...]:
+    return (
+        "| device | split layer | ranks | target tokens |",
+        "|---|---|---|---|",
+        *(
+            f"| {one.device} | {one.split_layer} | {', '.join(map(str, sorted(set(one.ranks))))} "
+            f"| {one.target_tokens} |"
+            for one in devices
+        ),
+    )
+
+
+def _number(perplexity: float | None) -> str:
+    return "not measured" if perplexity is None else f"{perplexity:.2f}"

@@ -1,0 +1,129 @@
+"""The base model, cut into content-addressed pieces for the devices, and served byte by byte.
+
+A piece is a safetensors file that exists nowhere: a header of ours, then byte ranges of the
+checkpoint's own files, which are mapped into memory. So nothing is copied on disk, and only
+the pieces' SHA-256 are remembered (a 14 GB model takes most of a minute to hash).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coordinator.model_folder import ModelFolder, find_model, read_texts, tokenizer_file
+from coordinator.piece_cutting import PieceContent, cut, remembered_pieces
+from coordinator.weight_files import StoredTensor, open_tensors, weight_files
+from shared.architecture import ModelArchitecture
+from shared.errors import ProtocolError
+from shared.protocol.messages import ModelDescription
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class ModelStore:
+    """One base model: described and served to devices, and read by the server itself.
+
+    One thread only. What is served is as stored: no dtype is changed.
+    """
+
+    def __init__(self, folder: ModelFolder, *, cache_folder: Path) -> None:
+        """Read a model's texts, find its tensors, and hash its pieces unless that is known.
+
+        ``cache_folder`` keeps the hashes, by the identity of the checkpoint's files.
+
+        Raises:
+            ModelError: unsupported architecture, missing or damaged files, or weights that do
+                not belong to ``config.json``.
+        """
+        self.folder = folder
+        self._texts = read_texts(folder)
+        self.architecture = ModelArchitecture.from_config(self._texts.config)
+        files = weight_files(folder.path)
+        tokenizer = tokenizer_file(folder)
+        self._held = cut(open_tensors(files), self.architecture, config=self.config)
+        contents = {
+            "tokenizer": PieceContent((memoryview(tokenizer.read_bytes()),)),
+            **{name: PieceContent.of(held) for name, held in self._held.items()},
+        }
+        self._pieces = remembered_pieces(
+            contents,
+            of=[*files, tokenizer, folder.path / "config.json"],
+            cache_folder=cache_folder,
+        )
+        self._by_sha256 = {piece.sha256: contents[piece.name] for piece in self._pieces}
+
+    @classmethod
+    def open(
+        cls, name_or_path: str, *, revision: str | None = None, cache_folder: Path
+    ) -> ModelStore:
+        """Return the store of a model, by folder or by hub name.
+
+        Raises:
+            ModelError: as `find_model` and the constructor.
+        """
+        return cls(find_model(name_or_path, revision=revision), cache_folder=cache_folder)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The parsed ``config.json``."""
+        return self._texts.config
+
+    def describe(self) -> ModelDescription:
+        """Return what devices must know of the model."""
+        return ModelDescription(
+            name=self.folder.name,
+            config_json=self._texts.config_json,
+            pieces=self._pieces,
+            chat_template=self._texts.chat_template,
+            eos_token_id=self._texts.eos_token_id,
+            special_tokens=dict(self._texts.special_tokens),
+        )
+
+    def read(self, sha256: str, *, offset: int, length: int) -> memoryview:
+        """Return bytes of a piece.
+
+        Raises:
+            ProtocolError: no such piece, or the range is not inside it.
+        """
+        content = self._by_sha256.get(sha256)
+        if content is None:
+            raise ProtocolError(f"this model has no piece {sha256}")
+        if offset < 0 or length < 1 or offset + length > content.size_bytes:
+            raise ProtocolError(
+                f"bytes {offset} to {offset + length} are not in piece {sha256}, "
+                f"which has {content.size_bytes}"
+            )
+        return content.read(offset, length)
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Return the model's tensors by full Hugging Face name, each read when it is asked for.
+
+        In the dtype they are stored in. A tied output projection is not among them.
+        """
+        return _LazyTensors({n: t for held in self._held.values() for n, t in held.items()})
+
+
+class _LazyTensors(Mapping[str, torch.Tensor]):
+    """Stored tensors as torch tensors; each access makes a copy, for the files are read-only."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self._stored[name]
+        copied = torch.frombuffer(bytearray(stored.data), dtype=_DTYPES[stored.dtype])
+        return copied.reshape(stored.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)

@@ -1,0 +1,260 @@
+"""What the operator sees of a run: metrics, a progress bar, one line a round, the summary."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from coordinator.aggregation import Aggregated
+from coordinator.metrics import DeviceSummary, MetricsWriter, Summary
+from coordinator.planner import DevicePlan
+from shared.clock import Clock
+from shared.protocol.messages import DeviceId, EvaluationResult, RoundResult
+from shared.transport.link import MessageLink
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Mean:
+    nats: float = 0.0
+    target_tokens: int = 0
+
+    def add(self, nats: float, target_tokens: int) -> None:
+        self.nats += nats
+        self.target_tokens += target_tokens
+
+    @property
+    def value(self) -> float:
+        return self.nats / self.target_tokens if self.target_tokens else math.nan
+
+
+@dataclass(slots=True)
+class Tallies:
+    """What a run counts from its first step on; goes into every checkpoint."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    target_tokens: dict[str, int] = field(default_factory=dict)
+    plans: dict[str, DeviceSummary] = field(default_factory=dict)
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Tallies:
+        """Return the tallies that `Reporter.state` put into a checkpoint."""
+        plans = {device: DeviceSummary(**plan) for device, plan in state["plans"].items()}
+        return cls(**{**state, "plans": plans})
+
+
+class Reporter:
+    """Takes what happens and writes it down. Belongs to the owner's thread."""
+
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        link: MessageLink,
+        clock: Clock,
+        *,
+        total_steps: int,
+        tallies: Tallies,
+    ) -> None:
+        """Go on from ``tallies``."""
+        self._writer = writer
+        self._link = link
+        self._clock = clock
+        self._total_steps = total_steps
+        self.tallies = tallies
+        self._began_s = clock.monotonic_s() - tallies.seconds
+        self._round_began_s = clock.monotonic_s()
+        self._bytes_before = (tallies.bytes_up, tallies.bytes_down)
+        self._step_loss = _Mean()
+        self._round_loss = _Mean()
+        self._evaluations: dict[DeviceId, EvaluationResult] = {}
+        self._bar: tqdm[None] | None = None
+
+    # --- events -------------------------------------------------------------------------------
+
+    def round_started(self, number: int, *, of: int, plans: Mapping[DeviceId, DevicePlan]) -> None:
+        """Note who takes part."""
+        self._round_began_s = self._clock.monotonic_s()
+        self._round_loss = _Mean()
+        self._evaluations.clear()
+        for device, plan in plans.items():
+            summary = DeviceSummary(
+                split_layer=plan.split_layer, ranks=dict(plan.ranks), target_tokens=0
+            )
+            if device not in self.tallies.plans:
+                logger.info(
+                    "%s: split layer %d, ranks %s, %d sequences a step",
+                    device,
+                    plan.split_layer,
+                    ranks_in_short(plan.ranks),
+                    plan.batch,
+                )
+            self.tallies.plans[device] = summary
+        if number <= of:
+            logger.info("round %d of %d starts with %s", number, of, ", ".join(sorted(plans)))
+
+    def micro_batch(self, loss_sum: float, target_tokens: int) -> None:
+        """Add one training micro-batch to its step's loss."""
+        self._step_loss.add(loss_sum, target_tokens)
+
+    def step_closed(
+        self, round_: int, step: int, *, gradient_norm: float, learning_rate: float
+    ) -> None:
+        """Write the figures of a closed step."""
+        self.tallies.steps = step + 1
+        self._round_loss.add(self._step_loss.nats, self._step_loss.target_tokens)
+        values = {
+            "train/loss": self._step_loss.value,
+            "train/target_tokens": float(self._step_loss.target_tokens),
+            "train/server_gradient_norm": gradient_norm,
+            "train/learning_rate": learning_rate,
+        }
+        self._writer.write(values, round_=round_, step=step + 1)
+        self._advance(step + 1, self._step_loss.value)
+        self._step_loss = _Mean()
+
+    def evaluated(self, device: DeviceId, result: EvaluationResult) -> None:
+        """Take one device's held-out loss."""
+        self._evaluations[device] = result
+
+    def evaluation_closed(self, round_: int, step: int) -> None:
+        """Write the perplexity of the state that round ``round_`` starts from."""
+        if not any(result.target_tokens for result in self._evaluations.values()):
+            return
+        mean = _Mean()
+        values: dict[str, float] = {}
+        for device, result in self._evaluations.items():
+            mean.add(result.loss_sum, result.target_tokens)
+            if result.target_tokens:
+                own = result.loss_sum / result.target_tokens
+                values[f"device/{device}/perplexity"] = _perplexity(own)
+        perplexity = _perplexity(mean.value)
+        values |= {"eval/loss": mean.value, "eval/perplexity": perplexity}
+        self._writer.write(values, round_=round_ - 1, step=step)
+        if self.tallies.perplexity_before is None:
+            self.tallies.perplexity_before = perplexity
+        self.tallies.perplexity_after = perplexity
+        logger.info(
+            "held-out perplexity after %d steps: %.2f (%d tokens on %d devices)",
+            step,
+            perplexity,
+            mean.target_tokens,
+            len(self._evaluations),
+        )
+
+    def round_closed(
+        self,
+        round_: int,
+        step: int,
+        *,
+        aggregated: Aggregated,
+        tokens: Mapping[DeviceId, int],
+        results: Mapping[DeviceId, RoundResult],
+        alone: Collection[DeviceId],
+    ) -> None:
+        """Write the figures of an aggregated round.
+
+        The losses of devices that train ``alone`` are known only now, from their ``results``.
+        """
+        for device, result in results.items():
+            if device in alone:
+                self._round_loss.add(result.loss_sum, result.target_tokens)
+        self.tallies.steps = step
+        self.tallies.target_tokens = dict(Counter(self.tallies.target_tokens) + Counter(tokens))
+        self.measure()
+        seconds = self._clock.monotonic_s() - self._round_began_s
+        values = {
+            "round/seconds": seconds,
+            "round/train_loss": self._round_loss.value,
+            "aggregation/norm": aggregated.norm,
+            "aggregation/largest_rank": float(aggregated.largest_rank),
+            "aggregation/relative_error": aggregated.largest_error,
+            "traffic/bytes_up": float(self.tallies.bytes_up),
+            "traffic/bytes_down": float(self.tallies.bytes_down),
+            **{f"device/{device}/busy_s": result.busy_s for device, result in results.items()},
+            **{f"device/{device}/target_tokens": float(n) for device, n in tokens.items()},
+        }
+        self._writer.write(values, round_=round_, step=step)
+        self._advance(step, self._round_loss.value)
+        logger.info(
+            "round %d aggregated from %s: training loss %.3f, %.1f s",
+            round_,
+            ", ".join(sorted(results)),
+            self._round_loss.value,
+            seconds,
+        )
+
+    def state(self) -> Mapping[str, Any]:
+        """Return what a checkpoint must hold for `Tallies.restored`."""
+        self.measure()
+        return asdict(self.tallies)
+
+    def measure(self) -> None:
+        """Bring seconds and bytes up to date."""
+        up, down = self._bytes_before
+        self.tallies.seconds = self._clock.monotonic_s() - self._began_s
+        self.tallies.bytes_up = up + self._link.bytes_received.total()
+        self.tallies.bytes_down = down + self._link.bytes_sent.total()
+
+    def summary(self) -> Summary:
+        """Return the run's summary as of now."""
+        self.measure()
+        tallies = self.tallies
+        devices = {
+            DeviceId(device): DeviceSummary(
+                split_layer=plan.split_layer,
+                ranks=plan.ranks,
+                target_tokens=tallies.target_tokens.get(device, 0),
+            )
+            for device, plan in sorted(tallies.plans.items())
+        }
+        return Summary(
+            perplexity_before=tallies.perplexity_before,
+            perplexity_after=tallies.perplexity_after,
+            steps=tallies.steps,
+            seconds=tallies.seconds,
+            bytes_up=tallies.bytes_up,
+            bytes_down=tallies.bytes_down,
+            devices=devices,
+        )
+
+    def close(self) -> None:
+        """Close the bar and the files."""
+        if self._bar is not None:
+            self._bar.close()
+        self._writer.close()
+
+    def _advance(self, step: int, loss: float) -> None:
+        """Move the progress bar, which exists only where a person watches a terminal."""
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=self._total_steps, unit="step", dynamic_ncols=True)
+        self._bar.update(step - self._bar.n)
+        self._bar.set_postfix(loss=f"{loss:.3f}")
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def ranks_in_short(ranks: Mapping[str, int]) -> str:
+    """Return the ranks for people: ``8``, or ``4 to 16 (27 modules)`` where they differ."""
+    values = set(ranks.values())
+    if not values:
+        return "none"
+    if len(values) == 1:
+        return str(values.pop())
+    return f"{min(values)} to {max(values)} ({len(ranks)} modules)"

@@ -1,0 +1,188 @@
+"""One round in the making: takes what participants send, does what `rounds.Round` says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from coordinator.aggregation import Aggregated, Contribution
+from coordinator.exchange import Exchange, Failed, Job
+from coordinator.global_model import GlobalModel
+from coordinator.handback import Holder, check_adapters
+from coordinator.membership import Membership, StaleRequestError
+from coordinator.registry import Member
+from coordinator.reporting import Reporter
+from coordinator.rounds import (
+    CloseEvaluation,
+    CloseRound,
+    CloseStep,
+    Delivered,
+    Evaluated,
+    Event,
+    Instruction,
+    Lost,
+    Round,
+)
+from coordinator.wire_adapters import from_wire
+from shared.adapters import AdapterState
+from shared.errors import NumericsError
+from shared.protocol.messages import Accepted, DeviceId, EvaluationResult, RoundResult
+from shared.schedule import learning_rate
+from shared.terms import OptimizerTerms
+
+logger = logging.getLogger(__name__)
+
+
+class RoundDriver:
+    """Carries one round to its end. ``outcome`` is None until then.
+
+    ``holders``: what each participant holds; ``alone``: those who hold the whole model.
+    """
+
+    def __init__(
+        self,
+        round_: Round,
+        *,
+        holders: Mapping[str, Holder],
+        alone: frozenset[DeviceId],
+        model: GlobalModel,
+        members: Membership,
+        reporter: Reporter,
+        optimizer: OptimizerTerms,
+        total_steps: int,
+    ) -> None:
+        """Open the round."""
+        self.round = round_
+        self.outcome: CloseRound | None = None
+        self._holders = holders
+        self._alone = alone
+        self._model = model
+        self._members = members
+        self._reporter = reporter
+        self._optimizer = optimizer
+        self._total_steps = total_steps
+        self._exchange = None if model.trainer is None else Exchange(model.trainer, round_)
+        self._adapters: dict[DeviceId, AdapterState] = {}
+        self._results: dict[DeviceId, RoundResult] = {}
+
+    # --- what participants send ---------------------------------------------------------------
+
+    def submit(self, member: Member, job: Job) -> None:
+        """Queue one micro-batch.
+
+        Raises:
+            StaleRequestError: too late, or not a participant.
+            ProtocolError: it contradicts the plan.
+        """
+        self._check(member, job.round)
+        if self._exchange is None:
+            raise StaleRequestError("this round exchanges nothing")
+        self._exchange.submit(member, job)
+
+    def evaluated(self, member: Member, result: EvaluationResult) -> None:
+        """Take a participant's held-out loss."""
+        self._check(member, result.round)
+        self._reporter.evaluated(member.device_id, result)
+        self._members.answer(member, Accepted(call=result.call))
+        self._advance(Evaluated(member.device_id))
+
+    def delivered(self, member: Member, result: RoundResult) -> None:
+        """Take a participant's adapters.
+
+        Raises:
+            NumericsError: an adapter is missing, misshapen or not finite.
+        """
+        self._check(member, result.round)
+        adapters = from_wire(result.adapters)
+        holder = self._holders[member.device_id]
+        check_adapters(adapters, holder=holder, update=self._model.update)
+        self._adapters[member.device_id] = adapters
+        self._results[member.device_id] = result
+        self._advance(Delivered(member.device_id, result.target_tokens))
+
+    def lose(self, member: Member) -> None:
+        """Go on without a participant (or somebody who is none)."""
+        if self._exchange is not None and member.device_id not in self.round.delivered:
+            self._exchange.drop(member)
+        self._advance(Lost(member.device_id))
+
+    def is_awaited(self, member: Member) -> bool:
+        """Tell whether the round cannot go on before this device asks for something.
+
+        One that trains alone asks nothing for a whole round; its heartbeat vouches for it.
+        """
+        device = member.device_id
+        return device in self.round.waiting_for and device not in self._alone
+
+    def work(self) -> Failed | bool:
+        """Carry out one waiting micro-batch; False where there is none."""
+        done = None if self._exchange is None else self._exchange.run_one()
+        if done is None:
+            return False
+        if isinstance(done, Failed):
+            return done
+        self._members.answer(done.member, done.reply)
+        if done.event is not None:
+            self._reporter.micro_batch(done.loss_sum, done.event.target_tokens)
+            self._advance(done.event)
+        return True
+
+    def _check(self, member: Member, number: int) -> None:
+        if number != self.round.number or member.device_id not in self.round.participants:
+            raise StaleRequestError(
+                f"round {self.round.number} is open, without {member.device_id} or not {number}"
+            )
+
+    # --- what the round says ------------------------------------------------------------------
+
+    def _advance(self, event: Event) -> None:
+        for instruction in self.round.handle(event):
+            self._obey(instruction)
+
+    def _obey(self, instruction: Instruction) -> None:
+        if isinstance(instruction, CloseEvaluation):
+            self._reporter.evaluation_closed(self.round.number, self.round.step)
+        elif isinstance(instruction, CloseStep):
+            self._close_step(instruction)
+        else:
+            self.outcome = instruction
+
+    def _close_step(self, close: CloseStep) -> None:
+        assert self._model.trainer is not None  # somebody exchanged
+        try:
+            norm = self._model.trainer.close_step(
+                close.step, devices=close.devices, target_tokens=close.target_tokens
+            )
+        except NumericsError as error:
+            logger.warning("step %d: the server's adapter stays as it is: %s", close.step, error)
+            norm = float("nan")
+        rate = learning_rate(self._optimizer, close.step, total_steps=self._total_steps)
+        self._reporter.step_closed(
+            self.round.number, close.step, gradient_norm=norm, learning_rate=rate
+        )
+
+    def aggregate(self) -> Aggregated:
+        """Bring what was delivered into the global update, and report it."""
+        contributions = self._contributions()
+        aggregated = self._model.finish_round(contributions)
+        self._reporter.round_closed(
+            self.round.number,
+            self.round.end_step,
+            aggregated=aggregated,
+            tokens={DeviceId(one.device): one.target_tokens for one in contributions},
+            results=self._results,
+            alone=self._alone,
+        )
+        return aggregated
+
+    def _contributions(self) -> Sequence[Contribution]:
+        assert self.outcome is not None  # the round is over
+        return [
+            Contribution(
+                device=device,
+                split_layer=self._holders[device].blocks.stop,
+                target_tokens=tokens,
+                adapters=self._adapters[device] if device in self.outcome.delivered else None,
+            )
+            for device, tokens in sorted(self.round.target_tokens.items())
+        ]

@@ -1,0 +1,263 @@
+"""What a coordinator can be told: `CoordinatorSettings`, the contents of ``run.yaml``."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Field, field_validator, model_validator
+
+from shared.config import (
+    BrokerSettings,
+    HsplitSettings,
+    MemoryLimit,
+    PositiveInt,
+    Section,
+    UserPath,
+)
+from shared.errors import ConfigError
+from shared.protocol.messages import Device, DeviceId, Run, RunId
+from shared.terms import (
+    Alpha,
+    HandBackMode,
+    LoraTerms,
+    OptimizerTerms,
+    Rank,
+    TrainingChoices,
+    TrainingTerms,
+)
+
+Timeout: TypeAlias = Annotated[float, Gt(0), Lt(1e7)]
+
+_LONGEST_MODEL_NAME = 40
+
+
+class RunSettings(Section):
+    """Names the run, whose folder is ``folder/id``; without ``id`` date and model make one."""
+
+    id: Run | None = None
+    folder: UserPath = Path("runs")
+
+
+class ModelSettings(Section):
+    """The base model: a name on the Hugging Face hub, or a local folder."""
+
+    name: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+
+
+class EmbeddedBrokerSettings(Section):
+    """The broker that the coordinator starts itself where ``broker`` is not given.
+
+    ``prefer: auto`` takes mosquitto where it is installed, else amqtt. ``port`` 0: a free one.
+    """
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Ge(0), Le(65_535)] = 1883
+    prefer: Literal["auto", "mosquitto", "amqtt"] = "auto"
+
+
+class DeviceRules(Section):
+    """How many devices a run takes, and how long it waits for them.
+
+    The first round starts once ``min`` devices joined and either ``expected`` did too or
+    ``wait_s`` passed since; fewer than ``min`` within ``join_timeout_s`` end the run. A device
+    that was not heard for ``lost_after_s`` is lost; a step is closed after ``step_timeout_s``.
+    """
+
+    min: PositiveInt = 1
+    expected: PositiveInt | None = None
+    wait_s: Annotated[float, Ge(0), Lt(1e7)] = 60.0
+    join_timeout_s: Timeout = 600.0
+    lost_after_s: Timeout = 6.0
+    step_timeout_s: Timeout = 300.0
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> DeviceRules:
+        if self.expected is not None and self.expected < self.min:
+            raise ValueError(f"expected ({self.expected}) is below min ({self.min})")
+        return self
+
+
+class DeviceOverrides(Section):
+    """What the plan says of one device; what is not said here is as for all."""
+
+    split_layer: PositiveInt | None = None
+    r: Rank | None = None
+    lora_alpha: Alpha | None = None
+    rank_pattern: Mapping[str, Rank] | None = None
+    alpha_pattern: Mapping[str, Alpha] | None = None
+    batch: PositiveInt | None = None
+    micro_batch: PositiveInt | None = None
+    in_flight: PositiveInt | None = None
+    memory_limit: MemoryLimit | None = None
+
+
+class PlanSettings(Section):
+    """Who computes how much. Without ``split_layer`` it follows from each memory limit.
+
+    ``batch``: sequences of each device per step. ``micro_batch``: sequences at once, None for
+    the whole batch. ``in_flight``: micro-batches that one device may have on their way.
+    """
+
+    split_layer: PositiveInt | None = None
+    batch: PositiveInt = 8
+    micro_batch: PositiveInt | None = None
+    in_flight: PositiveInt = 2
+    devices: Mapping[Device, DeviceOverrides] = Field(default_factory=dict)
+
+
+class RoundSettings(Section):
+    """How long the run is: ``count`` rounds of ``steps`` optimizer steps."""
+
+    count: PositiveInt = 5
+    steps: PositiveInt = 20
+
+
+class AggregationSettings(Section):
+    """How adapters come together, and what devices get back."""
+
+    hand_back: HandBackMode = "residual"
+    tolerance: Annotated[float, Ge(0), Lt(1)] = 1e-6
+
+
+class CheckpointSettings(Section):
+    """How many of the latest checkpoints stay on disk."""
+
+    keep: PositiveInt = 3
+
+
+class ExportSettings(Section):
+    """What is written at the end beside the adapter: the ``merged`` model, where wanted."""
+
+    merged: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceTerms:
+    """The plan settings as they hold for one device. ``split_layer`` None: follows from memory."""
+
+    split_layer: int | None
+    batch: int
+    micro_batch: int
+    in_flight: int
+    memory_limit_bytes: int | None
+    lora: LoraTerms
+
+
+class CoordinatorSettings(HsplitSettings):
+    """Everything that the operator decides, in sections; one file describes one run."""
+
+    run: RunSettings = RunSettings()
+    model: ModelSettings
+    broker: BrokerSettings | None = None
+    embedded_broker: EmbeddedBrokerSettings = EmbeddedBrokerSettings()
+    devices: DeviceRules = DeviceRules()
+    plan: PlanSettings = PlanSettings()
+    rounds: RoundSettings = RoundSettings()
+    aggregation: AggregationSettings = AggregationSettings()
+    lora: LoraTerms = LoraTerms()
+    optimizer: OptimizerTerms = OptimizerTerms()
+    training: TrainingChoices = TrainingChoices()
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    export: ExportSettings = ExportSettings()
+    report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.rounds.count * self.rounds.steps
+
+    @property
+    def training_terms(self) -> TrainingTerms:
+        """The training terms that devices are told."""
+        return TrainingTerms(**asdict(self.training), total_steps=self.total_steps)
+
+    @property
+    def run_id(self) -> RunId:
+        """The run's id.
+
+        Raises:
+            ConfigError: none was given and `with_run_id` has not made one.
+        """
+        if self.run.id is None:
+            raise ConfigError("run.id is not set")
+        return self.run.id
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder that holds all of this run."""
+        return self.run.folder / self.run_id
+
+    def with_run_id(self, wall_s: float) -> CoordinatorSettings:
+        """Return these settings with an id, made where none was given: ``20260131-235959-gpt2``.
+
+        ``wall_s`` seconds since 1970; the date is UTC.
+        """
+        if self.run.id is not None:
+            return self
+        date = time.strftime("%Y%m%d-%H%M%S", time.gmtime(wall_s))
+        model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.model.name).name)
+        run_id = RunId(f"{date}-{model[:_LONGEST_MODEL_NAME]}")
+        return self.model_copy(update={"run": self.run.model_copy(update={"id": run_id})})
+
+    def device(self, device_id: DeviceId) -> DeviceTerms:
+        """Return the plan settings of one device: its own where given, else those for all."""
+        return _terms(self.plan, self.lora, self.plan.devices.get(device_id, DeviceOverrides()))
+
+    @field_validator("lora")
+    @classmethod
+    def _check_patterns(cls, lora: LoraTerms) -> LoraTerms:
+        for pattern in (*lora.rank_pattern, *lora.alpha_pattern):
+            _check_pattern(pattern)
+        return lora
+
+    @model_validator(mode="after")
+    def _check_together(self) -> CoordinatorSettings:
+        if self.optimizer.warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) should be below "
+                f"rounds.count x rounds.steps ({self.total_steps})"
+            )
+        _check_batch("plan", self.plan.batch, self.plan.micro_batch)
+        for name, own in self.plan.devices.items():
+            batch = own.batch or self.plan.batch
+            _check_batch(f"plan.devices.{name}", batch, own.micro_batch)
+            for pattern in (*(own.rank_pattern or ()), *(own.alpha_pattern or ())):
+                _check_pattern(pattern)
+        return self
+
+
+def _terms(plan: PlanSettings, lora: LoraTerms, own: DeviceOverrides) -> DeviceTerms:
+    batch = own.batch or plan.batch
+    changed = {
+        name: getattr(own, name)
+        for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+        if getattr(own, name) is not None
+    }
+    return DeviceTerms(
+        split_layer=own.split_layer or plan.split_layer,
+        batch=batch,
+        # What is set for all may exceed the smaller batch of one device.
+        micro_batch=min(own.micro_batch or plan.micro_batch or batch, batch),
+        in_flight=own.in_flight or plan.in_flight,
+        memory_limit_bytes=own.memory_limit,
+        lora=replace(lora, **changed),
+    )
+
+
+def _check_batch(where: str, batch: int, micro_batch: int | None) -> None:
+    if micro_batch is not None and micro_batch > batch:
+        raise ValueError(f"{where}.micro_batch ({micro_batch}) exceeds its batch ({batch})")
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error

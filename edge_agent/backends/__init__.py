@@ -1,0 +1,27 @@
+"""Backends: what computes on the device. Each is imported only when it is opened."""
+
+from __future__ import annotations
+
+from edge_agent.backends.base import Backend
+from shared.errors import ConfigError
+
+BACKENDS = ("torch",)
+
+
+def open_backend(name: str) -> Backend:
+    """Return a new backend by name.
+
+    Raises:
+        ConfigError: no such backend, or what it needs is not installed.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"backend {name!r} does not exist; choose one of: {', '.join(BACKENDS)}")
+    try:
+        # Inside the function: torch alone takes seconds to import and 220 MiB.
+        from edge_agent.backends.torch_backend import TorchBackend  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"backend {name!r} needs {error.name}, which is not installed: "
+            f"pip install 'hsplit[{name}]'"
+        ) from error
+    return TorchBackend()

@@ -1,0 +1,126 @@
+"""What a backend does: hold a device's part of the model and train its adapters.
+
+The agent speaks to every backend in numpy and `TensorFrame`, so it never imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.adapters import AdapterState, HeldAdapters
+from shared.protocol.messages import DeviceId
+from shared.protocol.tensors import TensorFrame
+from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
+
+NO_TARGET = -100
+"""The label of a position that predicts nothing, as in torch's cross_entropy."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenBatch:
+    """One micro-batch of B sequences, packed without padding: N = sum(lengths) tokens.
+
+    ``input_ids`` (N,) int32. ``labels`` (N,) int32: the token to predict *at* each position
+    (already shifted: the next token), `NO_TARGET` where there is none.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+    lengths: tuple[int, ...]
+
+    @property
+    def target_tokens(self) -> int:
+        """How many positions predict a token: the weight of this micro-batch's loss."""
+        return int(np.count_nonzero(self.labels != NO_TARGET))
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Names one micro-batch of one device: the key of saved state and of dropout's seed."""
+
+    step: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class FrontBase:
+    """The frozen part of the model for one device: verified files, by piece name.
+
+    ``files`` maps ``embeddings``, ``block.<j>`` and, with the head on the device,
+    ``final_norm`` and (untied) ``head`` to safetensors files that hold the tensors under
+    their full Hugging Face names.
+    """
+
+    config_json: str
+    files: Mapping[str, Path]
+    split_layer: int
+
+
+class Backend(Protocol):
+    """The front of a model, and its head with `labels: device`, under LoRA training."""
+
+    name: str
+
+    def load(
+        self,
+        base: FrontBase,
+        *,
+        device_id: DeviceId,
+        training: TrainingTerms,
+        lora: LoraTerms,
+        optimizer: OptimizerTerms,
+    ) -> None:
+        """Build the part from pristine base weights, without adapters; may be called again.
+
+        Raises:
+            ModelError: a file lacks a tensor, or the architecture is not supported.
+        """
+
+    def set_adapters(self, adapters: HeldAdapters, *, fold: bool) -> None:
+        """Replace the named modules' adapters and reset their optimizer moments.
+
+        With ``fold`` each ``frozen`` pair is added to the base weight instead of held.
+        Rank and module set may differ from before; modules not named stay as they are.
+        """
+
+    def forward(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> TensorFrame:
+        """Return the activations (N, D) in the wire dtype.
+
+        With ``train``, keep what backward needs.
+        """
+
+    def backward(self, key: MicroBatch, gradient: TensorFrame) -> None:
+        """Accumulate adapter gradients from the gradient (N, D) of the activations."""
+
+    def head(
+        self, key: MicroBatch, hidden: TensorFrame, *, train: bool
+    ) -> tuple[float, TensorFrame | None]:
+        """Return the summed loss of the micro-batch and, with ``train``, its gradient (N, D).
+
+        The gradient is in the wire dtype. ``forward`` of the same key came before and kept
+        the labels.
+        """
+
+    def whole(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> float:
+        """Return the summed loss where the device holds all blocks and the head.
+
+        With ``train``, accumulate gradients.
+        """
+
+    def step(self, step: int, *, target_tokens: int) -> float:
+        """Divide the accumulated gradients by ``target_tokens``, clip, take step ``step``.
+
+        Returns the gradient norm before clipping.
+        """
+
+    def discard(self) -> None:
+        """Forget all kept micro-batches and accumulated gradients of the open step."""
+
+    def adapters(self) -> AdapterState:
+        """Return copies of the trainable pairs, float32, by full module path."""

@@ -1,0 +1,267 @@
+"""The torch backend: the front of the model on CUDA where there is one, else on the CPU.
+
+Shape suffixes: N packed tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from edge_agent.backends.base import FrontBase, MicroBatch, TokenBatch
+from shared.adapters import AdapterState, HeldAdapters
+from shared.errors import ModelError, NumericsError, ProtocolError
+from shared.modeling.lora import dropout_seed
+from shared.modeling.optimizer import AdapterOptimizer
+from shared.modeling.packing import Packing
+from shared.modeling.splitting import FrontModel, Placement, build_front
+from shared.modeling.wire import DTYPES, from_frame, to_frame
+from shared.protocol.messages import DeviceId
+from shared.protocol.tensors import TensorFrame
+from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kept:
+    """What backward and head still need of one micro-batch: the graph hangs on ``hidden_ND``."""
+
+    hidden_ND: torch.Tensor
+    labels_N: torch.Tensor
+
+
+class TorchBackend:
+    """A `Backend` in torch. Not thread-safe: it belongs to the agent's own thread."""
+
+    name = "torch"
+
+    def __init__(self, device: str | None = None) -> None:
+        """Compute on ``device`` (a torch device); None: CUDA where available, else the CPU."""
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device(chosen)
+        self._front: FrontModel | None = None
+        self._optimizer: AdapterOptimizer | None = None
+        self._training = TrainingTerms()
+        self._device_id = DeviceId("")
+        self._trained: dict[MicroBatch, _Kept] = {}
+        self._evaluated: dict[MicroBatch, _Kept] = {}
+
+    def load(
+        self,
+        base: FrontBase,
+        *,
+        device_id: DeviceId,
+        training: TrainingTerms,
+        lora: LoraTerms,
+        optimizer: OptimizerTerms,
+    ) -> None:
+        """Build the part from pristine base weights, without adapters; may be called again.
+
+        Raises:
+            ModelError: a file lacks a tensor, or the architecture is not supported.
+            PlanError: the split layer does not exist, or max_length exceeds the positions.
+        """
+        # The old part first, so that a device never needs room for two.
+        self._front = None
+        self.discard()
+        front = build_front(
+            _parse(base.config_json),
+            base.files.values(),
+            split_layer=base.split_layer,
+            head=training.labels == "device",
+            placement=Placement(
+                dtype=DTYPES[training.dtype],
+                device=self._device,
+                lora_dropout=lora.lora_dropout,
+            ),
+        )
+        front.architecture.check_max_length(training.max_length)
+        self._front = front
+        self._training = training
+        self._device_id = device_id
+        self._optimizer = AdapterOptimizer(optimizer, total_steps=training.total_steps)
+
+    def set_adapters(self, adapters: HeldAdapters, *, fold: bool) -> None:
+        """Replace the named modules' adapters and reset their optimizer moments.
+
+        What is kept of an open step is forgotten: it belongs to the old adapters.
+
+        Raises:
+            ProtocolError: a name is no linear module of this part.
+            NumericsError: a factor has the wrong shape or is not finite; nothing changed.
+        """
+        front = self._loaded()
+        front.adapters.replace(adapters, fold=fold)
+        self.discard()
+        self._stepper().follow(front.adapters.parameters())
+
+    def forward(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> TensorFrame:
+        """Return the activations (N, D) in the wire dtype.
+
+        With ``train``, what backward needs is kept; with `labels: device`, what head needs.
+
+        Raises:
+            NumericsError: the activations hold NaN or infinity.
+            ModelError: a token id or a length that this model does not have.
+        """
+        kept = self._run(key, batch, train=train)
+        what = f"activations of step {key.step}, micro-batch {key.index}"
+        frame = to_frame(kept.hidden_ND, dtype=self._training.wire_dtype, what=what)
+        if train:
+            self._trained[key] = kept
+        elif self._training.labels == "device":
+            self._evaluated[key] = kept
+        return frame
+
+    def backward(self, key: MicroBatch, gradient: TensorFrame) -> None:
+        """Accumulate adapter gradients from the gradient (N, D) of the activations.
+
+        Raises:
+            NumericsError: wrong shape or dtype, NaN or infinity; nothing was accumulated.
+            ProtocolError: no such micro-batch is open.
+        """
+        hidden_ND = _find(self._trained, key).hidden_ND
+        gradient_ND = self._receive(gradient, hidden_ND, what=f"gradient of {key}")
+        del self._trained[key]
+        if hidden_ND.requires_grad:
+            torch.autograd.backward(hidden_ND, gradient_ND.to(hidden_ND.dtype))
+
+    def head(
+        self, key: MicroBatch, hidden: TensorFrame, *, train: bool
+    ) -> tuple[float, TensorFrame | None]:
+        """Return the summed loss and, with ``train``, its gradient (N, D) in the wire dtype.
+
+        ``forward`` of the same key came before and kept the labels.
+
+        Raises:
+            NumericsError: wrong shape or dtype, NaN or infinity, received or in the loss.
+            ProtocolError: no such micro-batch is open.
+        """
+        kept = _find(self._trained if train else self._evaluated, key)
+        hidden_ND = self._receive(hidden, kept.hidden_ND, what=f"hidden states of {key}")
+        with torch.set_grad_enabled(train):
+            hidden_ND = hidden_ND.to(self._loaded().dtype).requires_grad_(train)
+            loss = self._loaded().loss_sum(hidden_ND, kept.labels_N)
+        loss_sum = _finite(float(loss.detach()), key)
+        if not train:
+            del self._evaluated[key]
+            return loss_sum, None
+        (gradient_ND,) = torch.autograd.grad(loss, hidden_ND)
+        what = f"head gradient of {key}"
+        return loss_sum, to_frame(gradient_ND, dtype=self._training.wire_dtype, what=what)
+
+    def whole(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> float:
+        """Return the summed loss where the device holds all blocks and the head.
+
+        With ``train``, gradients are accumulated.
+
+        Raises:
+            NumericsError: the loss is not finite; nothing was accumulated.
+            ModelError: a token id or a length that this model does not have.
+        """
+        kept = self._run(key, batch, train=train)
+        with torch.set_grad_enabled(train):
+            loss = self._loaded().loss_sum(kept.hidden_ND, kept.labels_N)
+        loss_sum = _finite(float(loss.detach()), key)
+        if train and loss.requires_grad:
+            torch.autograd.backward(loss)
+        return loss_sum
+
+    def step(self, step: int, *, target_tokens: int) -> float:
+        """Divide the accumulated gradients by ``target_tokens``, clip, take step ``step``.
+
+        Returns the gradient norm before clipping.
+
+        Raises:
+            NumericsError: a gradient is not finite, or there are no target tokens.
+        """
+        return self._stepper().step(step, denominator=target_tokens)
+
+    def discard(self) -> None:
+        """Forget all kept micro-batches and accumulated gradients of the open step."""
+        self._trained.clear()
+        self._evaluated.clear()
+        if self._optimizer is not None:
+            self._optimizer.discard()
+
+    def adapters(self) -> AdapterState:
+        """Return copies of the trainable pairs, float32, by full module path."""
+        return self._loaded().adapters.read()
+
+    def _run(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> _Kept:
+        front = self._loaded()
+        _check(batch, vocab_size=front.architecture.vocab_size, longest=self._training.max_length)
+        seed = dropout_seed(
+            self._training.seed,
+            device_id=self._device_id,
+            step=key.step,
+            micro_batch=key.index,
+            side="device",
+        )
+        front.adapters.dropout.begin(seed if train else None)
+        with torch.set_grad_enabled(train):
+            packing = Packing.of(batch.lengths, device=self._device)
+            hidden_ND = front(self._tokens(batch.input_ids), packing)
+        return _Kept(hidden_ND, self._tokens(batch.labels))
+
+    def _tokens(self, tokens: np.ndarray[Any, np.dtype[np.int32]]) -> torch.Tensor:
+        return torch.from_numpy(tokens.astype(np.int64)).to(self._device)
+
+    def _receive(self, frame: TensorFrame, like: torch.Tensor, *, what: str) -> torch.Tensor:
+        dtype, shape = self._training.wire_dtype, tuple(like.shape)
+        return from_frame(frame, what=what, dtype=dtype, shape=shape, device=self._device)
+
+    def _loaded(self) -> FrontModel:
+        if self._front is None:
+            raise ProtocolError("no part of the model is loaded yet")
+        return self._front
+
+    def _stepper(self) -> AdapterOptimizer:
+        if self._optimizer is None:
+            raise ProtocolError("no part of the model is loaded yet")
+        return self._optimizer
+
+
+def _parse(config_json: str) -> dict[str, Any]:
+    try:
+        config = json.loads(config_json)
+    except ValueError as error:
+        raise ModelError(f"config.json of the base model is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError("config.json of the base model is not a JSON object")
+    return config
+
+
+def _check(batch: TokenBatch, *, vocab_size: int, longest: int) -> None:
+    if len(batch.input_ids) != sum(batch.lengths) or len(batch.labels) != len(batch.input_ids):
+        raise ProtocolError(
+            f"a micro-batch of {len(batch.input_ids)} tokens, {len(batch.labels)} labels and "
+            f"lengths that add up to {sum(batch.lengths)}"
+        )
+    largest = max(int(batch.input_ids.max()), int(batch.labels.max()))
+    if largest >= vocab_size or int(batch.input_ids.min()) < 0:
+        raise ModelError(
+            f"token id {largest} does not exist in a model with {vocab_size} words: "
+            "tokenizer and weights are not of the same model"
+        )
+    if max(batch.lengths) > longest:
+        raise ModelError(f"a sequence of {max(batch.lengths)} tokens; max_length is {longest}")
+
+
+def _find(kept: dict[MicroBatch, _Kept], key: MicroBatch) -> _Kept:
+    if key not in kept:
+        raise ProtocolError(f"micro-batch {key.index} of step {key.step} is not open here")
+    return kept[key]
+
+
+def _finite(loss_sum: float, key: MicroBatch) -> float:
+    if not math.isfinite(loss_sum):
+        raise NumericsError(
+            f"the loss of step {key.step}, micro-batch {key.index} is {loss_sum}: training "
+            "diverged; lower optimizer.learning_rate"
+        )
+    return loss_sum

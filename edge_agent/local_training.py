@@ -1,0 +1,148 @@
+"""One training step and one evaluation on the device, as scripts (`edge_agent.conversation`).
+
+Several micro-batches may be on their way at once: while the coordinator works on one, the
+device computes the next. Their order changes nothing (losses are sums).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from edge_agent.backends.base import Backend, MicroBatch, TokenBatch
+from edge_agent.conversation import Conversation, Script
+from shared.errors import ProtocolError
+from shared.protocol.messages import (
+    ActivationGradients,
+    Activations,
+    Answer,
+    EvaluatedLoss,
+    Hidden,
+    HiddenGradients,
+)
+from shared.protocol.tensors import pack
+
+
+@dataclass(frozen=True, slots=True)
+class LossSum:
+    """A sum of losses in nats and the number of tokens it is over."""
+
+    nats: float = 0.0
+    target_tokens: int = 0
+
+    def __add__(self, other: LossSum) -> LossSum:
+        """Return the sum over both."""
+        return LossSum(self.nats + other.nats, self.target_tokens + other.target_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Which micro-batches of which round and step go out, and how.
+
+    ``alone``: the device holds all blocks and the head, so nothing goes out at all.
+    ``send_labels``: the head is on the server.
+    """
+
+    round: int
+    step: int
+    train: bool
+    batches: Sequence[TokenBatch]
+    in_flight: int
+    alone: bool
+    send_labels: bool
+
+
+def run(work: Work, backend: Backend, conversation: Conversation) -> Script[LossSum]:
+    """Carry out all micro-batches of ``work``; return their summed loss.
+
+    With ``train``, the backend then holds the summed gradients, ready for its `step`.
+    """
+    if work.alone:
+        return _run_alone(work, backend)
+    return (yield from _Exchange(work, backend, conversation).run())
+
+
+def _run_alone(work: Work, backend: Backend) -> LossSum:
+    total = LossSum()
+    for index, batch in enumerate(work.batches):
+        key = MicroBatch(work.step, index)
+        total += LossSum(backend.whole(key, batch, train=work.train), batch.target_tokens)
+    return total
+
+
+@dataclass(slots=True)
+class _Exchange:
+    work: Work
+    backend: Backend
+    conversation: Conversation
+    open: dict[int, MicroBatch] = field(default_factory=dict)
+    total: LossSum = LossSum()
+
+    def run(self) -> Script[LossSum]:
+        waiting = iter(enumerate(self.work.batches))
+        self._send_more(waiting)
+        while self.open:
+            number, answer = yield frozenset(self.open)
+            self._take(self.open.pop(number), answer)
+            self._send_more(waiting)
+        return self.total
+
+    def _send_more(self, waiting: Iterator[tuple[int, TokenBatch]]) -> None:
+        while len(self.open) < self.work.in_flight:
+            following = next(waiting, None)
+            if following is None:
+                return
+            index, batch = following
+            key = MicroBatch(self.work.step, index)
+            self.total += LossSum(0.0, batch.target_tokens)
+            self.open[self._send(key, batch)] = key
+
+    def _send(self, key: MicroBatch, batch: TokenBatch) -> int:
+        work = self.work
+        hidden = self.backend.forward(key, batch, train=work.train)
+        labels = pack(batch.labels) if work.send_labels else None
+        return self.conversation.post(
+            lambda call: Activations(
+                call=call,
+                purpose="train" if work.train else "evaluate",
+                round=work.round,
+                step=work.step,
+                micro_batch=key.index,
+                micro_batches=len(work.batches),
+                target_tokens=batch.target_tokens,
+                lengths=batch.lengths,
+                hidden=hidden,
+                labels=labels,
+            ),
+            kind="activations",
+        )
+
+    def _take(self, key: MicroBatch, answer: Answer) -> None:
+        if isinstance(answer, Hidden):
+            self._answer_head(key, answer)
+        elif isinstance(answer, ActivationGradients):
+            if self.work.send_labels:
+                self.total += LossSum(answer.loss_sum)
+            self.backend.backward(key, answer.gradient)
+        elif isinstance(answer, EvaluatedLoss):
+            self.total += LossSum(answer.loss_sum)
+        else:
+            raise ProtocolError(f"unexpected answer {type(answer).__name__} to activations")
+
+    def _answer_head(self, key: MicroBatch, answer: Hidden) -> None:
+        loss_sum, gradient = self.backend.head(key, answer.hidden, train=self.work.train)
+        self.total += LossSum(loss_sum)
+        if gradient is None:
+            return
+        number = self.conversation.post(
+            lambda call: HiddenGradients(
+                call=call,
+                round=self.work.round,
+                step=self.work.step,
+                micro_batch=key.index,
+                loss_sum=loss_sum,
+                gradient=gradient,
+            ),
+            kind="activations",
+        )
+        self.open[number] = key

@@ -1,0 +1,199 @@
+"""From text to tokens: the model's tokenizer, chat template and end-of-text token.
+
+Uses `tokenizers` and `tokenizer.json`, never transformers' AutoTokenizer (it imports torch).
+Raw text comes in from `edge_agent.records` and goes no further: what leaves are token ids for
+the device's own front. No error or log line holds text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from edge_agent.backends.base import NO_TARGET
+from edge_agent.chat_template import ChatTemplate, RenderedChat
+from edge_agent.dataset import IntArray, Sequences
+from edge_agent.records import Record, Records
+from shared.errors import DataError, ModelError
+from shared.protocol.messages import ModelDescription
+
+logger = logging.getLogger(__name__)
+
+Tokens: TypeAlias = tuple[list[int], list[bool]]
+"""Ids, and which of them the model is to learn to write."""
+
+_ENCODE_AT_ONCE = 1024
+"""Records per call of the tokenizer, which spreads a call over the cores."""
+
+
+class Vocabulary:
+    """How one model reads text."""
+
+    def __init__(self, tokenizer_file: Path, model: ModelDescription) -> None:
+        """Load ``tokenizer.json`` and compile the chat template, if the model has one.
+
+        Raises:
+            ModelError: either is damaged.
+        """
+        self._tokenizer = _load(tokenizer_file)
+        self._model = model
+        self._template = _template(model)
+        self._start = _begin_of_text(self._tokenizer)
+        self._end = [] if model.eos_token_id is None else [model.eos_token_id]
+
+    def tokenise(self, records: Records, *, max_length: int) -> Sequences:
+        """Return the records as sequences of at most ``max_length`` input tokens.
+
+        ``text``: all tokens are targets, and the end-of-text token after them. ``prompt``:
+        only the completion's tokens and the end-of-text token. ``messages``: only what the
+        assistant writes, its end of turn included; the template sets all special tokens.
+        What the tokenizer puts in front of a text (often a begin-of-text token) stands in
+        front of the first segment only.
+
+        The seam of prompt and completion: in use, the prompt is tokenised by itself and
+        continued, so training keeps exactly the prompt's own tokens. If the joined text
+        begins with these, the rest of its tokens are the completion (a SentencePiece
+        tokenizer then sets no word boundary of its own at the seam); if a token would
+        straddle the seam, the completion is tokenised by itself.
+
+        Sequences without a target within ``max_length`` are dropped, with one warning.
+
+        Raises:
+            DataError: nothing is left, or the chat template refuses a conversation.
+            ModelError: there are ``messages`` but the model has no chat template, or the
+                tokenizer makes an id that the model does not know.
+        """
+        cut = (
+            (ids[: max_length + 1], targets[: max_length + 1])
+            for ids, targets in self._tokens(records)
+        )
+        kept = [_shifted(ids, targets) for ids, targets in cut if any(targets[1:])]
+        _report_dropped(records, kept=len(kept), max_length=max_length)
+        sequences = Sequences.join(kept)
+        self._check_ids(sequences)
+        return sequences
+
+    def _tokens(self, records: Records) -> Iterator[Tokens]:
+        make = {"text": self._texts, "prompt": self._prompts, "messages": self._chats}
+        for first in range(0, len(records), _ENCODE_AT_ONCE):
+            part = records.records[first : first + _ENCODE_AT_ONCE]
+            yield from make[records.format](replace(records, records=part))
+
+    def _texts(self, records: Records) -> Iterator[Tokens]:
+        for text in self._encode([record.row["text"] for record in records.records]):
+            yield self._framed([], text.ids)
+
+    def _prompts(self, records: Records) -> Iterator[Tokens]:
+        rows = [record.row for record in records.records]
+        prompts = self._encode([row["prompt"] for row in rows])
+        joined = self._encode([row["prompt"] + row["completion"] for row in rows])
+        for row, prompt, whole in zip(rows, prompts, joined, strict=True):
+            seam = len(prompt.ids)
+            if whole.ids[:seam] == prompt.ids:
+                completion = whole.ids[seam:]
+            else:
+                completion = self._encode([row["completion"]])[0].ids
+            yield self._framed(prompt.ids, completion)
+
+    def _chats(self, records: Records) -> Iterator[Tokens]:
+        chats = [self._render(record, records.path) for record in records.records]
+        last_only = sum(not chat.complete for chat in chats)
+        if last_only:
+            logger.warning(
+                "%s: in %d conversations only the last assistant turn is learnt, because the "
+                "chat template renders earlier turns in another way than it renders the last; "
+                "make one line of each turn to learn them all",
+                records.path,
+                last_only,
+            )
+        for chat, encoding in zip(chats, self._encode([c.text for c in chats]), strict=True):
+            yield encoding.ids, _inside(encoding, chat.spans)
+
+    def _render(self, record: Record, path: Path) -> RenderedChat:
+        if self._template is None:
+            raise ModelError(
+                f"{path} holds 'messages', but the model {self._model.name} has no chat template; "
+                "use 'prompt' and 'completion', or a model that was trained on conversations"
+            )
+        try:
+            return self._template.render_turns(record.row["messages"])
+        except DataError as error:
+            raise DataError(f"{path}:{record.line}: {error}") from None
+
+    def _framed(self, prompt: list[int], completion: list[int]) -> Tokens:
+        end = [] if completion[-1:] == self._end else self._end
+        ids = [*self._start, *prompt, *completion, *end]
+        known = len(self._start) + len(prompt)
+        return ids, [index >= known for index in range(len(ids))]
+
+    def _encode(self, texts: list[str]) -> list[Encoding]:
+        encodings: list[Encoding] = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return encodings
+
+    def _check_ids(self, sequences: Sequences) -> None:
+        size = json.loads(self._model.config_json).get("vocab_size")
+        largest = int(max(sequences.input_ids_M.max(), sequences.labels_M.max()))
+        if size is not None and largest >= size:
+            raise ModelError(
+                f"the tokenizer of {self._model.name} makes token id {largest}, but the model "
+                f"knows {size} tokens; its tokenizer.json belongs to another model"
+            )
+
+
+def _load(tokenizer_file: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ModelError(
+            f"{tokenizer_file} is not a tokenizer.json that this version of tokenizers reads "
+            f"({error}); save it again with a current transformers, or update tokenizers here"
+        ) from error
+    # Both may be stored in the file; cutting is ours, and nothing is ever padded.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _template(model: ModelDescription) -> ChatTemplate | None:
+    if model.chat_template is None:
+        return None
+    return ChatTemplate(model.chat_template, special_tokens=model.special_tokens)
+
+
+def _begin_of_text(tokenizer: Tokenizer) -> list[int]:
+    """Return what the tokenizer's post-processor puts in front of a text."""
+    probe = tokenizer.encode("a", add_special_tokens=True)
+    marked = zip(probe.ids, probe.special_tokens_mask, strict=True)
+    return [id_ for id_, _ in itertools.takewhile(lambda pair: pair[1] == 1, marked)]
+
+
+def _inside(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Return which tokens begin in, or reach into, one of the character ranges."""
+    return [
+        any(start <= first < end or first < start < last for start, end in spans)
+        for first, last in encoding.offsets
+    ]
+
+
+def _shifted(ids: list[int], targets: list[bool]) -> tuple[IntArray, IntArray]:
+    tokens = np.asarray(ids, dtype=np.int32)
+    labels = np.where(np.asarray(targets[1:]), tokens[1:], np.int32(NO_TARGET))
+    return tokens[:-1], labels.astype(np.int32)
+
+
+def _report_dropped(records: Records, *, kept: int, max_length: int) -> None:
+    dropped = len(records) - kept
+    what = f"{records.path}: {dropped} of {len(records)} records have nothing to learn within"
+    do = "raise training.max_length, or shorten prompts"
+    if kept == 0:
+        raise DataError(f"{what} {max_length} tokens; {do}")
+    if dropped:
+        logger.warning("%s %d tokens and are left out; %s", what, max_length, do)

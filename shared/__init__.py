@@ -1,0 +1,1 @@
+"""What the device program and the coordinator program must agree on."""

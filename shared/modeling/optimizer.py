@@ -1,0 +1,190 @@
+"""The optimizer of one side's adapters: torch's own, with the run's schedule and hand-backs.
+
+Every module has a count of steps since its moments were last fresh. Moments that are fresh
+at the run's first step have the schedule's own warm-up; moments that a hand-back (or a new
+plan, or a late joiner) makes fresh later climb again over ``rewarm_steps``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn.utils import get_total_norm
+
+from shared.errors import NumericsError, StorageError
+from shared.schedule import learning_rate
+from shared.terms import OptimizerTerms
+
+Factors: TypeAlias = tuple[nn.Parameter, nn.Parameter]
+"""The trainable A and B of one module."""
+OptimizerState: TypeAlias = Mapping[str, npt.NDArray[Any]]
+"""What a checkpoint keeps: ``<module>|a|exp_avg`` and such → array."""
+
+_CLIP_EPSILON = 1e-6
+"""Added to the norm when clipping, as in torch's clip_grad_norm_."""
+
+
+class AdapterOptimizer:
+    """AdamW or SGD over the adapters of one side. Not thread-safe."""
+
+    def __init__(self, terms: OptimizerTerms, *, total_steps: int) -> None:
+        """Start with nothing to optimise; see `follow`."""
+        self._terms = terms
+        self._total_steps = total_steps
+        self._factors: dict[str, Factors] = {}
+        self._steps_since_fresh: dict[str, int] = {}
+        self._from_the_start: set[str] = set()
+        self._torch: torch.optim.Optimizer | None = None
+
+    def follow(self, factors: Mapping[str, Factors]) -> None:
+        """Optimise these modules from now on.
+
+        A module whose parameters are the same objects as before keeps its moments and count;
+        all others start fresh, and modules no longer named are forgotten.
+        """
+        kept = {n for n, pair in factors.items() if _same(pair, self._factors.get(n))}
+        counts = self._steps_since_fresh
+        self._steps_since_fresh = {n: counts[n] if n in kept else 0 for n in factors}
+        self._from_the_start &= kept
+        old_state = self._torch.state if self._torch is not None else {}
+        self._factors = dict(factors)
+        self._torch = self._build() if factors else None
+        if self._torch is not None:
+            parameters = [p for n in kept for p in factors[n] if p in old_state]
+            self._torch.state.update({p: old_state[p] for p in parameters})
+
+    def step(self, step: int, *, denominator: int) -> float:
+        """Divide the gradients by ``denominator``, clip them, take global step ``step``.
+
+        Modules without a gradient are left alone, moments included. Gradients are consumed.
+
+        Returns:
+            The norm of all gradients after the division and before clipping.
+
+        Raises:
+            NumericsError: nothing to divide by, or a gradient is not finite; nothing changed.
+        """
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        if denominator < 1:
+            raise NumericsError(f"step {step} has no target tokens: there is nothing to learn from")
+        if self._torch is None or not gradients:
+            return 0.0
+        norm = float(get_total_norm(gradients, foreach=True)) / denominator
+        if not math.isfinite(norm):
+            self.discard()
+            raise NumericsError(
+                f"the gradients of step {step} are not finite: training diverged; lower "
+                "optimizer.learning_rate, or use dtype or wire_dtype bfloat16 instead of float16"
+            )
+        scale = self._clipping(norm) / denominator
+        for gradient in gradients:
+            gradient.mul_(scale)
+        self._set_rates(step)
+        self._torch.step()
+        self.discard()
+        return norm
+
+    def discard(self) -> None:
+        """Forget all gradients."""
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Return copies of moments and counts, for safetensors."""
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for name, pair in self._factors.items():
+            counts = (self._steps_since_fresh[name], int(name in self._from_the_start))
+            arrays[f"{name}|counts"] = np.array(counts, dtype=np.int64)
+            for letter, parameter in zip("ab", pair, strict=True):
+                for key, value in self._state_of(parameter).items():
+                    if isinstance(value, torch.Tensor):
+                        arrays[f"{name}|{letter}|{key}"] = value.detach().cpu().numpy().copy()
+        return arrays
+
+    def restore(self, state: OptimizerState) -> None:
+        """Continue from a saved state of the same modules at the same ranks.
+
+        Raises:
+            StorageError: the state is of other modules or ranks.
+        """
+        if {key.partition("|")[0] for key in state} != set(self._factors):
+            raise StorageError("the optimizer state is of other modules than the adapters")
+        for name, pair in self._factors.items():
+            steps, from_the_start = state[f"{name}|counts"].tolist()
+            self._steps_since_fresh[name] = steps
+            (self._from_the_start.add if from_the_start else self._from_the_start.discard)(name)
+            for letter, parameter in zip("ab", pair, strict=True):
+                self._restore(f"{name}|{letter}|", parameter, state)
+        self.follow(self._factors)
+
+    def _restore(self, prefix: str, parameter: nn.Parameter, state: OptimizerState) -> None:
+        tensors = {
+            key.removeprefix(prefix): torch.from_numpy(np.array(array)).to(parameter.device)
+            for key, array in state.items()
+            if key.startswith(prefix)
+        }
+        for key, tensor in tensors.items():
+            if tensor.ndim and tensor.shape != parameter.shape:
+                raise StorageError(f"optimizer state {prefix}{key} has shape {tensor.shape}")
+        if self._torch is not None:
+            self._torch.state.pop(parameter, None)
+            self._torch.state.update({parameter: tensors} if tensors else {})
+
+    def _build(self) -> torch.optim.Optimizer:
+        """Return torch's optimizer with one group per count, as each has its own rate."""
+        groups: dict[tuple[int, bool], list[str]] = {}
+        for name in self._factors:
+            key = (self._steps_since_fresh[name], name in self._from_the_start)
+            groups.setdefault(key, []).append(name)
+        options = [
+            {"params": [p for name in names for p in self._factors[name]], "modules": names}
+            for names in groups.values()
+        ]
+        terms = self._terms
+        # Fused: one call for all of a group's small factors, on CPU as on CUDA.
+        if terms.name == "sgd":
+            return torch.optim.SGD(
+                options, lr=terms.learning_rate, weight_decay=terms.weight_decay, fused=True
+            )
+        return torch.optim.AdamW(
+            options,
+            lr=terms.learning_rate,
+            betas=(terms.beta1, terms.beta2),
+            eps=terms.epsilon,
+            weight_decay=terms.weight_decay,
+            fused=True,
+        )
+
+    def _set_rates(self, step: int) -> None:
+        """Set every group's rate for global step ``step`` and count the step."""
+        if step == 0:
+            self._from_the_start.update(self._factors)
+        for group in self._torch.param_groups if self._torch is not None else ():
+            first = group["modules"][0]
+            since = None if first in self._from_the_start else self._steps_since_fresh[first]
+            group["lr"] = learning_rate(
+                self._terms, step, total_steps=self._total_steps, steps_since_reset=since
+            )
+        for name in self._steps_since_fresh:
+            self._steps_since_fresh[name] += 1
+
+    def _clipping(self, norm: float) -> float:
+        limit = self._terms.max_grad_norm
+        return min(1.0, limit / (norm + _CLIP_EPSILON)) if limit else 1.0
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for pair in self._factors.values() for parameter in pair]
+
+    def _state_of(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        state: Mapping[str, Any] = {}
+        return self._torch.state.get(parameter, state) if self._torch is not None else state
+
+
+def _same(new: Factors, old: Factors | None) -> bool:
+    return old is not None and new[0] is old[0] and new[1] is old[1]

@@ -1,0 +1,135 @@
+"""Build a Hugging Face model on torch's ``meta`` device and give memory to parts of it only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from shared.architecture import ModelArchitecture
+from shared.errors import ModelError
+
+Tensors: TypeAlias = Mapping[str, torch.Tensor] | Iterable[Path]
+"""Base weights by full Hugging Face name, or safetensors files that hold them."""
+
+
+def materialise(
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    *,
+    modules: Collection[str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
+    """Return the whole model's skeleton in which only ``modules`` hold anything.
+
+    ``modules`` are paths of blocks, embeddings, final norm, head or rotary; any other of these
+    is an empty `nn.Identity`. Only the tensors of ``modules`` are read from ``tensors``.
+
+    Raises:
+        ModelError: unsupported family; a tensor is missing or has another shape than the
+            config says; a file is damaged.
+    """
+    architecture = ModelArchitecture.from_config(config)
+    skeleton = _skeleton(config, architecture)
+    weights = as_mapping(tensors)
+    for path in _piece_modules(architecture):
+        if path not in modules:
+            _put(skeleton, path, nn.Identity())
+    rotary = architecture.family.rotary
+    if rotary is not None and rotary in modules:
+        # Its tables are computed, not stored, and on `meta` they have no values.
+        table: Any = type(skeleton.get_submodule(rotary))
+        _put(skeleton, rotary, table(config=skeleton.config).to(device))
+    for name, parameter in list(skeleton.named_parameters()):
+        tensor = _read(weights, name)
+        if tensor.shape != parameter.shape:
+            raise ModelError(
+                f"weight {name} has shape {list(tensor.shape)}, but config.json asks for "
+                f"{list(parameter.shape)}: config and weights are not of the same model"
+            )
+        module = skeleton.get_submodule(name.rpartition(".")[0])
+        held = tensor.to(device=device, dtype=dtype)
+        setattr(module, name.rpartition(".")[2], nn.Parameter(held, requires_grad=False))
+    return skeleton.eval()
+
+
+class WeightFiles(Mapping[str, torch.Tensor]):
+    """Several safetensors files as one mapping, read one tensor at a time."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Read the files' headers.
+
+        Raises:
+            ModelError: a file is missing or is no safetensors file.
+        """
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            self._file_of.update(dict.fromkeys(_names_in(file), file))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Read one tensor."""
+        with safe_open(str(self._file_of[name]), framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of all tensors."""
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._file_of)
+
+
+def _names_in(file: Path) -> list[str]:
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"weights file {file} cannot be read: {error}") from error
+
+
+def as_mapping(tensors: Tensors) -> Mapping[str, torch.Tensor]:
+    """Return ``tensors`` if it is a mapping, or else its files as one."""
+    return tensors if isinstance(tensors, Mapping) else WeightFiles(tensors)
+
+
+def _read(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    try:
+        return tensors[name]
+    except KeyError:
+        raise ModelError(f"weight {name} is missing from the base model's files") from None
+
+
+def _skeleton(config: Mapping[str, Any], architecture: ModelArchitecture) -> nn.Module:
+    family = architecture.family
+    parsed = transformers.CONFIG_MAPPING[family.model_type].from_dict(dict(config))
+    parsed._attn_implementation = "sdpa"  # noqa: SLF001 - Hugging Face has no public setter
+    parsed.use_cache = False
+    with torch.device("meta"):
+        skeleton: nn.Module = getattr(transformers, family.causal_lm)(parsed)
+    return skeleton
+
+
+def _piece_modules(architecture: ModelArchitecture) -> list[str]:
+    family = architecture.family
+    blocks = [architecture.block_path(j) for j in range(architecture.block_count)]
+    others = (
+        family.token_embedding,
+        family.position_embedding,
+        family.rotary,
+        family.final_norm,
+        family.head,
+    )
+    return blocks + [path for path in others if path is not None]
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)

@@ -1,0 +1,55 @@
+"""torch tensors ↔ frames on the wire, checked.
+
+Shape suffixes: N packed tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from shared.errors import NumericsError
+from shared.protocol.tensors import TensorFrame, expect
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int32": torch.int32,
+}
+"""Wire and compute dtypes by their name in `shared.terms`."""
+
+
+def to_frame(tensor: torch.Tensor, *, dtype: str, what: str) -> TensorFrame:
+    """Return a float tensor as a frame of ``dtype``; ``what`` names it in an error.
+
+    Raises:
+        NumericsError: it holds NaN or infinity, perhaps only after the cast to ``dtype``.
+    """
+    cast = tensor.detach().to(DTYPES[dtype])
+    if not torch.isfinite(cast).all():
+        advice = "use wire_dtype bfloat16 or float32" if dtype == "float16" else "training diverged"
+        raise NumericsError(f"{what}: NaN or infinity in {dtype} ({advice})")
+    flat = cast.cpu().contiguous().view(-1)
+    data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    return TensorFrame(dtype, tuple(tensor.shape), data)
+
+
+def from_frame(
+    frame: TensorFrame, *, what: str, dtype: str, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """Return a frame as a tensor of its own dtype; ``what`` names it in an error.
+
+    The tensor may share memory with a writable ``frame.data``: do not write into it.
+
+    Raises:
+        NumericsError: another dtype or shape than expected, or NaN or infinity.
+    """
+    expect(frame, what, dtype=dtype, shape=shape)
+    raw = np.frombuffer(frame.data, dtype=np.uint8)
+    # torch has no read-only tensors and warns when given such memory.
+    raw = raw if raw.flags.writeable else raw.copy()
+    tensor = torch.from_numpy(raw).view(DTYPES[dtype]).view(shape)
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise NumericsError(f"{what}: NaN or infinity received; it was not used")
+    return tensor.to(device)

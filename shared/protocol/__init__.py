@@ -1,0 +1,1 @@
+"""What goes over the wire, without any I/O: messages, topics, codec, chunks, calls."""

@@ -1,0 +1,95 @@
+"""Tensors on the wire: a dtype name, a shape and raw little-endian bytes.
+
+numpy has no bfloat16, so `pack` and `unpack` convert it by its bits. Programs with torch
+convert there (`shared.modeling.wire`), which is faster; the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.errors import CodecError, NumericsError
+from shared.terms import WireDtype
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "uint8": 1}
+MAX_DIMENSIONS = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorFrame:
+    """One tensor as it travels: ``data`` holds prod(shape) items of ``dtype``, C order.
+
+    Raises:
+        CodecError: unknown dtype, a shape of more than 4 dimensions or with a negative one,
+            or a number of bytes that is not the shape's.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Buffer
+
+    def __post_init__(self) -> None:
+        """Check that dtype, shape and number of bytes belong together."""
+        item = ITEM_BYTES.get(self.dtype)
+        if item is None:
+            raise CodecError(f"tensor of unknown dtype {self.dtype!r}")
+        if len(self.shape) > MAX_DIMENSIONS or any(n < 0 for n in self.shape):
+            raise CodecError(f"tensor of impossible shape {self.shape}")
+        if memoryview(self.data).nbytes != math.prod(self.shape) * item:
+            raise CodecError(
+                f"tensor {self.dtype}{list(self.shape)} with {memoryview(self.data).nbytes} bytes"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the raw data."""
+        return memoryview(self.data).nbytes
+
+
+def expect(frame: TensorFrame, what: str, *, dtype: str, shape: tuple[int, ...]) -> TensorFrame:
+    """Return ``frame`` if it has this dtype and shape; say what was wrong otherwise.
+
+    Raises:
+        NumericsError: naming ``what``, the expected and the received dtype and shape.
+    """
+    if frame.dtype != dtype or frame.shape != shape:
+        raise NumericsError(
+            f"{what}: expected {dtype}{list(shape)}, got {frame.dtype}{list(frame.shape)}"
+        )
+    return frame
+
+
+def pack(array: npt.NDArray[Any], dtype: WireDtype | None = None) -> TensorFrame:
+    """Return a float, int32 or uint8 array as a frame, cast to ``dtype`` (floats only) if given."""
+    if dtype == "bfloat16":
+        return TensorFrame("bfloat16", array.shape, _bytes(_to_bfloat16_bits(array)))
+    if dtype is not None:
+        array = array.astype(dtype, copy=False)
+    return TensorFrame(str(array.dtype), array.shape, _bytes(array))
+
+
+def unpack(frame: TensorFrame) -> npt.NDArray[Any]:
+    """Return the frame as an array; bfloat16 comes back as float32, all else without a copy."""
+    if frame.dtype == "bfloat16":
+        bits = np.frombuffer(frame.data, dtype="<u2").astype(np.uint32) << 16
+        return bits.view(np.float32).reshape(frame.shape)
+    return np.frombuffer(frame.data, dtype=frame.dtype).reshape(frame.shape)
+
+
+def _bytes(array: npt.NDArray[Any]) -> memoryview:
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return flat.view(np.uint8).data if flat.size else memoryview(b"")
+
+
+def _to_bfloat16_bits(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
+    """Round float32 to the nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16)

@@ -1,0 +1,93 @@
+"""What a transport is: it moves opaque bytes between topics and says when the link is up.
+
+A transport may lose, repeat and reorder payloads; what makes up for that stands in
+`shared.protocol.calls`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from shared.protocol.tensors import Buffer
+from shared.protocol.topics import Filter, Topic
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One payload that arrived on one topic."""
+
+    topic: str
+    payload: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """Connected (again) and subscribed on every lane: what is published now can be answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """The link is lost; the transport reconnects by itself. What is published now is dropped."""
+
+    reason: str
+
+
+TransportEvent: TypeAlias = Delivery | LinkUp | LinkDown
+
+
+@dataclass(frozen=True, slots=True)
+class Will:
+    """What the broker publishes for us when we vanish, and what we publish when we (re)appear."""
+
+    topic: Topic
+    birth: bytes
+    death: bytes
+
+
+class Transport(Protocol):
+    """A link to a broker. Made unconnected; `start` once, `close` once.
+
+    `publish` may be called from any thread; everything else belongs to the owner's thread.
+    """
+
+    @property
+    def max_payload_bytes(self) -> int:
+        """Largest payload that may be published: the broker's limit less the packet's header."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes handed to the link since the start."""
+
+    @property
+    def bytes_received(self) -> int:
+        """Payload bytes that arrived since the start."""
+
+    def start(self, filters: Sequence[Filter], *, timeout_s: float) -> None:
+        """Connect, subscribe and publish the birth; return when all of that is acknowledged.
+
+        The first event of `receive` is then `LinkUp`.
+
+        Raises:
+            BrokerUnreachableError: nobody answered within ``timeout_s``.
+            BrokerRefusedError: the broker said no, to the connection or to a subscription.
+            PacketLimitError: the broker's packet limit is below what a chunk needs.
+        """
+
+    def publish(self, topic: Topic, payload: Buffer) -> None:
+        """Hand over one payload; it is dropped while the link is down.
+
+        Raises:
+            PacketLimitError: the payload is larger than `max_payload_bytes`.
+        """
+
+    def receive(self, timeout_s: float) -> TransportEvent | None:
+        """Return the next event, waiting up to ``timeout_s`` for one; None if none came.
+
+        Raises:
+            TransportError: the link failed for good (the broker now refuses us, say).
+        """
+
+    def close(self) -> None:
+        """Publish the death notice, disconnect, and stop every thread. May be called twice."""

@@ -1,0 +1,230 @@
+"""A whole system in one thread: coordinator and agents over the memory broker and a fake clock.
+
+Time stands still while anybody has something to do, and then jumps to the next thing that is
+due, so timeouts cost nothing and every run with one seed is the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from coordinator import checkpoints
+from coordinator.coordinator import Coordinator
+from coordinator.global_model import GlobalModel
+from coordinator.metrics import MetricsWriter
+from coordinator.model_store import ModelStore
+from coordinator.reporting import Reporter, Tallies
+from coordinator.settings import CoordinatorSettings
+from edge_agent import records
+from edge_agent.agent import Agent
+from edge_agent.backends import open_backend
+from edge_agent.conversation import Conversation, new_instance, status_will
+from edge_agent.downloads import Downloads
+from edge_agent.model_cache import ModelCache
+from edge_agent.participation import Parts
+from shared.architecture import ModelArchitecture
+from shared.errors import HsplitError
+from shared.protocol.messages import DeviceId, DeviceProfile
+from shared.protocol.topics import agent_filters, coordinator_filters
+from shared.transport.link import MessageLink
+from shared.transport.memory import Faults, MemoryBroker, MemoryTransport
+from tests.support.fake_clock import FakeClock
+from tests.support.tiny_models import tiny_model
+from tests.support.vocabularies import byte_level
+
+WORDS = "the red fox saw a small house near river and then it slept under old tree".split()
+
+
+def write_model(folder: Path, family: str, **changes: Any) -> Path:
+    """Write a random tiny model with a tokenizer as a Hugging Face folder."""
+    tokenizer = byte_level()
+    words = tokenizer.get_vocab_size()
+    model = tiny_model(family, vocab_size=words, **changes)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(dict(model.config)))
+    tensors = {name: tensor.clone().contiguous() for name, tensor in model.tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_text(path: Path, *, lines: int, seed: int) -> Path:
+    """Write a JSONL file of random short sentences as prompt and completion."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(count: int) -> str:
+        chosen = torch.randint(0, len(WORDS), (count,), generator=generator)
+        return " ".join(WORDS[i] for i in chosen)
+
+    rows = [
+        {"prompt": words(2 + i % 3) + " ->", "completion": " " + words(3 + i % 4)}
+        for i in range(lines)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@dataclass
+class Device:
+    """One simulated device."""
+
+    agent: Agent
+    transport: MemoryTransport
+    error: HsplitError | None = None
+
+
+@dataclass
+class Simulation:
+    """Builds and drives the system. ``settings``: as in a run file, without ``model``."""
+
+    folder: Path
+    family: str = "gpt2"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    faults: Faults | None = None
+    model_changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.clock = FakeClock()
+        self.broker = MemoryBroker(self.clock, faults=self.faults)
+        model = self.folder / "base"
+        if not model.exists():
+            write_model(model, self.family, **self.model_changes)
+        self.config = CoordinatorSettings(
+            **{
+                "run": {"id": "sim", "folder": self.folder / "runs"},
+                "model": {"name": str(model)},
+                "devices": {"wait_s": 0},
+                "report_to": [],
+                **self.settings,
+            }
+        )
+        self.devices: dict[str, Device] = {}
+        self.folder.joinpath("runs", "sim").mkdir(parents=True, exist_ok=True)
+        self.coordinator = self._coordinator()
+
+    def _coordinator(self, resumed: checkpoints.Checkpoint | None = None) -> Coordinator:
+        settings = self.config
+        self.coordinator_transport = MemoryTransport(self.broker, name="coordinator")
+        link = MessageLink(self.coordinator_transport, self.clock)
+        link.start(coordinator_filters(settings.run_id), timeout_s=1)
+        store = ModelStore.open(settings.model.name, cache_folder=self.folder / "store")
+        architecture = ModelArchitecture.from_config(store.config)
+        model = GlobalModel(settings, store, architecture)
+        writer = MetricsWriter(
+            settings.run_folder,
+            self.clock,
+            tensorboard=False,
+            resumed_step=None if resumed is None else resumed.step,
+        )
+        if resumed is not None:
+            model.resume(resumed)
+        self.model = model
+        self.reporter = Reporter(
+            writer, link, self.clock, total_steps=settings.total_steps, tallies=Tallies()
+        )
+        return Coordinator(
+            settings,
+            link=link,
+            clock=self.clock,
+            store=store,
+            architecture=architecture,
+            model=model,
+            reporter=self.reporter,
+            save_checkpoint=lambda checkpoint: checkpoints.save(
+                settings.run_folder / "checkpoints", checkpoint, keep=settings.checkpoints.keep
+            ),
+            next_round=1 if resumed is None else resumed.round + 1,
+        )
+
+    def add_device(
+        self, name: str, *, lines: int = 24, seed: int | None = None, **profile: Any
+    ) -> Device:
+        """Start an agent; the name alone decides its text, unless ``seed`` does."""
+        device = DeviceId(name)
+        chosen = sum(name.encode()) if seed is None else seed
+        text = write_text(self.folder / f"{name}.jsonl", lines=lines, seed=chosen)
+        loaded = records.load(text, evaluation_data=None, evaluation_fraction=0.25)
+        instance = new_instance()
+        transport = MemoryTransport(
+            self.broker, name=f"{name}-{instance}", will=status_will(device, instance)
+        )
+        link = MessageLink(transport, self.clock)
+        link.admit(device)
+        link.start(agent_filters(device), timeout_s=1)
+        agent = Agent(
+            Conversation(device, instance, link, self.clock),
+            DeviceProfile(
+                backend="torch",
+                hsplit_version="0",
+                sequences=len(loaded.training),
+                evaluation_sequences=len(loaded.held_out or ()),
+                **profile,
+            ),
+            Parts(
+                backend=open_backend("torch"),
+                downloads=Downloads(ModelCache(self.folder / f"cache-{name}")),
+                records=loaded.training,
+                held_out_records=loaded.held_out,
+                clock=self.clock,
+            ),
+        )
+        added = Device(agent, transport)
+        self.devices[name if name not in self.devices else f"{name}-{instance}"] = added
+        return added
+
+    def restart_coordinator(self) -> None:
+        """Kill the coordinator and start it again from its last checkpoint."""
+        self.coordinator_transport.vanish()
+        found = checkpoints.latest(self.config.run_folder / "checkpoints")
+        assert found is not None
+        self.coordinator = self._coordinator(found)
+
+    def run(
+        self,
+        *,
+        until: Callable[[], bool] | None = None,
+        limit_s: float = 3600.0,
+    ) -> None:
+        """Drive everybody until the coordinator and all agents are done (or ``until``)."""
+        deadline = self.clock.monotonic_s() + limit_s
+        while not (until() if until is not None else self._done()):
+            if not self._turn():
+                self.clock.advance_to(max(self._next_due_s(), self.clock.monotonic_s() + 0.01))
+            if self.clock.monotonic_s() > deadline:
+                raise AssertionError(
+                    f"stuck: coordinator {self.coordinator.phase}, "
+                    f"agents {[(n, d.agent.phase) for n, d in self.devices.items()]}"
+                )
+
+    def _turn(self) -> bool:
+        did = self.coordinator.turn(0.0)
+        for device in self._alive():
+            try:
+                did |= device.agent.turn(0.0)
+            except HsplitError as error:
+                device.error = error
+                device.transport.close()
+        return did
+
+    def _alive(self) -> Sequence[Device]:
+        return [d for d in self.devices.values() if d.error is None and not d.agent.finished]
+
+    def _done(self) -> bool:
+        return self.coordinator.finished and not self._alive()
+
+    def _next_due_s(self) -> float:
+        due = [self.coordinator.next_due_s, *(d.agent.next_due_s for d in self._alive())]
+        arriving = self.broker.next_due_s()
+        return min(due if arriving is None else [*due, arriving])
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl."""
+        path = self.config.run_folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
