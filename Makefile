@@ -85,7 +85,7 @@ test: install mosquitto ## All tests; the agent and shared on Python 3.10 too, w
 # The agent's own environment: no torch, no transformers. Tests that import them (directly, or by
 # what tests/support/tiny_models.py builds) belong to the run above.
 HEAVY := ^ *(import|from) +(torch|transformers|peft|amqtt|coordinator|shared\.modeling|tests\.support\.tiny_models)
-LIGHT_TESTS = $(shell grep -LE '$(HEAVY)' -r --include='test_*.py' tests/unit/shared tests/unit/edge_agent tests/property)
+LIGHT_TESTS = $(shell grep -LE '$(HEAVY)' -r --include='test_*.py' tests/unit/*.py tests/unit/shared tests/unit/edge_agent tests/property tests/protocol 2>/dev/null)
 
 .PHONY: test-310
 test-310: $(STAMP310)

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 
-from coordinator.registry import Admitted, Held, Known, Member, Registry
+from coordinator.registry import Admitted, Held, Known, Member, Registry, Stage
 from shared.clock import Clock
 from shared.errors import HsplitError, NumericsError, PlanError, ProtocolError
 from shared.protocol.messages import (
@@ -156,7 +156,8 @@ class Membership:
             self._link.send(topic, Finished(reason=reason, failed=failed))
 
     def _gone(self, member: Member, reason: str) -> None:
-        logger.warning("%s is gone: %s", member.device_id, reason)
+        level = logging.INFO if member.stage is Stage.DONE else logging.WARNING
+        logger.log(level, "%s is gone: %s", member.device_id, reason)
         self._link.forget(member.device_id)
         self._on_lost(member)
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import yaml
 
 from coordinator import checkpoints
@@ -16,19 +17,18 @@ from coordinator.coordinator import RUN_COMPLETE, Coordinator
 from coordinator.embedded_broker import EmbeddedBroker
 from coordinator.export import export_adapter, export_merged
 from coordinator.global_model import GlobalModel
-from coordinator.metrics import SUMMARY_FILE, MetricsWriter, Summary
+from coordinator.metrics import SUMMARY_FILE, DeviceSummary, MetricsWriter, Summary
 from coordinator.model_card import CardDevice, ModelCard
 from coordinator.model_store import ModelStore
 from coordinator.planner import adaptable_shapes
 from coordinator.reporting import Reporter, Tallies
 from coordinator.settings import CoordinatorSettings
-from shared import logs
+from shared import health, logs
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
 from shared.config import BrokerSettings, base_folder
 from shared.errors import ConfigError, HsplitError, StorageError
-from shared.files import replace_file
-from shared.health import HealthFile
+from shared.atomic import replace_file
 from shared.protocol.topics import COORDINATOR_STATUS, coordinator_filters
 from shared.transport.base import Will
 from shared.transport.link import MessageLink
@@ -37,7 +37,6 @@ from shared.transport.mqtt import MqttTransport
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.yaml"
-HEALTH_FILE = "health.json"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 MERGED = "merged"
@@ -56,6 +55,8 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
     folder = settings.run_folder
     checkpoint = _open_folder(folder, resume=resume)
     logs.bind(run_id=settings.run_id)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     store = ModelStore.open(
         settings.model.name,
         revision=settings.model.revision,
@@ -84,9 +85,9 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
             save_checkpoint=lambda saved: _save(settings, saved),
             next_round=1 if checkpoint is None else checkpoint.round + 1,
         )
-        health = HealthFile(folder / HEALTH_FILE, clock)
-        stack.callback(health.close)
-        _drive(coordinator, health, clock)
+        health_file = health.HealthFile(folder / health.FILE_NAME, clock)
+        stack.callback(health_file.close)
+        _drive(coordinator, health_file, clock)
         summary = reporter.summary()
     summary.save(folder)
     _export(settings, model, summary)
@@ -115,7 +116,7 @@ def export(run_folder: Path, target: Path | None, *, merged: bool) -> Path:
         before=tallies.perplexity_before,
         after=tallies.perplexity_after,
         devices=[
-            CardDevice(name, plan.split_layer, sorted(set(plan.ranks.values())), 0)
+            _card_device(name, plan, tallies.target_tokens.get(name, 0))
             for name, plan in sorted(tallies.plans.items())
         ],
     )
@@ -132,7 +133,9 @@ def _open_folder(folder: Path, *, resume: bool) -> Checkpoint | None:
     checkpoint = checkpoints.latest(folder / CHECKPOINTS)
     if resume:
         if checkpoint is None:
-            raise ConfigError(f"{folder} holds no checkpoint to resume from: start without --resume")
+            raise ConfigError(
+                f"{folder} holds no checkpoint to resume from: start without --resume"
+            )
         logger.info("resuming %s after round %d", folder, checkpoint.round)
     elif checkpoint is not None:
         raise ConfigError(f"run {folder} exists: add --resume to go on, or choose another run.id")
@@ -198,16 +201,14 @@ def _reporter(
 
 
 def _save(settings: CoordinatorSettings, checkpoint: Checkpoint) -> None:
-    checkpoints.save(
-        settings.run_folder / CHECKPOINTS, checkpoint, keep=settings.checkpoints.keep
-    )
+    checkpoints.save(settings.run_folder / CHECKPOINTS, checkpoint, keep=settings.checkpoints.keep)
 
 
-def _drive(coordinator: Coordinator, health: HealthFile, clock: Clock) -> None:
+def _drive(coordinator: Coordinator, health_file: health.HealthFile, clock: Clock) -> None:
     try:
         while not coordinator.finished:
             coordinator.turn(IDLE_WAIT_S)
-            health.progress(coordinator.phase)
+            health_file.progress(coordinator.phase)
     except HsplitError as error:
         coordinator.members.say_finished(f"the run ended early: {error}", failed=True)
         raise
@@ -218,10 +219,7 @@ def _drive(coordinator: Coordinator, health: HealthFile, clock: Clock) -> None:
 
 
 def _export(settings: CoordinatorSettings, model: GlobalModel, summary: Summary) -> None:
-    devices = [
-        CardDevice(name, one.split_layer, sorted(set(one.ranks.values())), one.target_tokens)
-        for name, one in summary.devices.items()
-    ]
+    devices = [_card_device(name, one, one.target_tokens) for name, one in summary.devices.items()]
     card = _card(
         settings,
         rounds=settings.rounds.count,
@@ -236,6 +234,15 @@ def _export(settings: CoordinatorSettings, model: GlobalModel, summary: Summary)
     if settings.export.merged:
         export_merged(folder / ADAPTER, name, folder / MERGED, revision=revision)
     logger.info("adapter: %s, summary: %s", folder / ADAPTER, folder / SUMMARY_FILE)
+
+
+def _card_device(name: str, one: DeviceSummary, target_tokens: int) -> CardDevice:
+    return CardDevice(
+        device=name,
+        split_layer=one.split_layer,
+        ranks=sorted(set(one.ranks.values())),
+        target_tokens=target_tokens,
+    )
 
 
 def _card(

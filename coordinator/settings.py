@@ -166,6 +166,8 @@ class CoordinatorSettings(HsplitSettings):
     training: TrainingChoices = TrainingChoices()
     checkpoints: CheckpointSettings = CheckpointSettings()
     export: ExportSettings = ExportSettings()
+    threads: PositiveInt | None = None
+    """CPU threads of the server's part; None: as many as torch takes."""
     report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
 
     @property

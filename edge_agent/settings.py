@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field
 
+from shared import health
 from shared.config import (
     BrokerSettings,
     HsplitSettings,
@@ -16,8 +17,6 @@ from shared.config import (
     base_folder,
 )
 from shared.protocol.messages import Device
-
-HEALTH_FILE = "health.json"
 
 
 def _cache_folder() -> Path:
@@ -56,4 +55,4 @@ class AgentSettings(HsplitSettings):
     @property
     def health_file(self) -> Path:
         """The file that ``hsplit-agent health`` looks at."""
-        return self.state / HEALTH_FILE
+        return self.state / health.FILE_NAME

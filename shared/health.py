@@ -14,6 +14,8 @@ from shared.errors import StorageError, UnhealthyError
 
 logger = logging.getLogger(__name__)
 
+FILE_NAME = "health.json"
+
 _LEAST_INTERVAL_S = 1.0
 
 

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the global step, so that no side needs the other's clock."""
+"""The learning rate as a pure function of the global step: no side needs the other's clock."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ from shared.errors import ConfigError
 BACKENDS = ("torch",)
 
 
-def open_backend(name: str) -> Backend:
-    """Return a new backend by name.
+def open_backend(name: str, *, threads: int | None = None) -> Backend:
+    """Return a new backend by name; ``threads``: CPU threads that it may use.
 
     Raises:
         ConfigError: no such backend, or what it needs is not installed.
@@ -24,4 +24,4 @@ def open_backend(name: str) -> Backend:
             f"backend {name!r} needs {error.name}, which is not installed: "
             f"pip install 'hsplit[{name}]'"
         ) from error
-    return TorchBackend()
+    return TorchBackend(threads=threads)

@@ -67,6 +67,10 @@ class Backend(Protocol):
 
     name: str
 
+    @property
+    def accelerator(self) -> str | None:
+        """The name of the GPU that it computes on; None on the CPU."""
+
     def load(
         self,
         base: FrontBase,

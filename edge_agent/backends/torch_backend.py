@@ -39,8 +39,13 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self, device: str | None = None) -> None:
-        """Compute on ``device`` (a torch device); None: CUDA where available, else the CPU."""
+    def __init__(self, device: str | None = None, *, threads: int | None = None) -> None:
+        """Compute on ``device`` (a torch device); None: CUDA where available, else the CPU.
+
+        ``threads``: CPU threads of this whole process; None: as many as torch takes.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._device = torch.device(chosen)
         self._front: FrontModel | None = None
@@ -49,6 +54,11 @@ class TorchBackend:
         self._device_id = DeviceId("")
         self._trained: dict[MicroBatch, _Kept] = {}
         self._evaluated: dict[MicroBatch, _Kept] = {}
+
+    @property
+    def accelerator(self) -> str | None:
+        """The GPU's name; None on the CPU."""
+        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else None
 
     def load(
         self,

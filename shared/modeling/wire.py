@@ -46,10 +46,12 @@ def from_frame(
         NumericsError: another dtype or shape than expected, or NaN or infinity.
     """
     expect(frame, what, dtype=dtype, shape=shape)
+    if frame.nbytes == 0:
+        return torch.zeros(shape, dtype=DTYPES[dtype], device=device)
     raw = np.frombuffer(frame.data, dtype=np.uint8)
-    # torch has no read-only tensors and warns when given such memory.
-    raw = raw if raw.flags.writeable else raw.copy()
-    tensor = torch.from_numpy(raw).view(DTYPES[dtype]).view(shape)
+    # torch has no read-only tensors, and a slice of a larger buffer may start anywhere.
+    usable = raw.flags.writeable and raw.ctypes.data % DTYPES[dtype].itemsize == 0
+    tensor = torch.from_numpy(raw if usable else raw.copy()).view(DTYPES[dtype]).view(shape)
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise NumericsError(f"{what}: NaN or infinity received; it was not used")
     return tensor.to(device)

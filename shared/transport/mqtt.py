@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from shared.config import BrokerSettings
-from shared.errors import BrokerUnreachableError, ConfigError, PacketLimitError, TransportError
+from shared.errors import BrokerUnreachableError, PacketLimitError, TransportError
 from shared.protocol.tensors import Buffer
 from shared.protocol.topics import Filter, Topic
 from shared.transport import refusals
@@ -29,6 +29,7 @@ from shared.transport.lane import (
     LaneRefused,
     ProtocolName,
 )
+from shared.transport.tls import tls_context
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class MqttTransport:
             ConfigError: a certificate or password file cannot be read.
         """
         self._filters = tuple(filters)
-        self._tls = _tls_context(self._settings) if self._settings.tls else None
+        self._tls = tls_context(self._settings) if self._settings.tls else None
         try:
             self._open_lanes()
             self._await_link(timeout_s)
@@ -308,21 +309,3 @@ class MqttTransport:
         return refusals.unreachable(
             self._settings, errors[0] if errors else None, timeout_s=timeout_s
         )
-
-
-def _tls_context(settings: BrokerSettings) -> ssl.SSLContext:
-    """Return a context that checks the broker's certificate and shows ours where there is one.
-
-    Raises:
-        ConfigError: a certificate or key file cannot be read or used.
-    """
-    ca_file = settings.ca_file
-    try:
-        context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if settings.cert_file is not None:
-            context.load_cert_chain(settings.cert_file, settings.key_file)
-    except OSError as error:  # ssl.SSLError is one
-        files = [str(f) for f in (ca_file, settings.cert_file, settings.key_file) if f is not None]
-        raise ConfigError(f"cannot use the certificates {', '.join(files)}: {error}") from error
-    return context

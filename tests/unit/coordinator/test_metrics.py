@@ -5,24 +5,12 @@ import pytest
 
 from coordinator.metrics import DeviceSummary, MetricsWriter, Summary, read_metrics
 from shared.errors import StorageError
-
-
-@dataclass
-class HandClock:
-    """A clock that the test moves."""
-
-    now_s: float = 1.7e9
-
-    def monotonic_s(self):
-        return self.now_s
-
-    def wall_s(self):
-        return self.now_s
+from tests.support.fake_clock import FakeClock
 
 
 def write_steps(folder, steps, *, resumed_step=None, tensorboard=False):
     with MetricsWriter(
-        folder, HandClock(), tensorboard=tensorboard, resumed_step=resumed_step
+        folder, FakeClock(), tensorboard=tensorboard, resumed_step=resumed_step
     ) as writer:
         for step in steps:
             writer.write({"train/loss": 10.0 - step}, round_=1, step=step)
@@ -37,12 +25,12 @@ def scalars(folder, tag):
 
 
 def test_each_write_is_one_json_line_with_time_round_and_step(tmp_path):
-    writer = MetricsWriter(tmp_path, HandClock(), tensorboard=False)
+    writer = MetricsWriter(tmp_path, FakeClock(), tensorboard=False)
     writer.write({"train/loss": 2.5, "device/nano/step_s": 0.5}, round_=1, step=3)
     line = (tmp_path / "metrics.jsonl").read_text()  # read before the file is closed
     writer.close()
     assert json.loads(line) == {
-        "time": 1.7e9,
+        "time": 1000.0,
         "round": 1,
         "step": 3,
         "train/loss": 2.5,
@@ -51,7 +39,7 @@ def test_each_write_is_one_json_line_with_time_round_and_step(tmp_path):
 
 
 def test_the_file_stays_json_where_a_value_is_not_finite(tmp_path):
-    with MetricsWriter(tmp_path, HandClock(), tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, FakeClock(), tensorboard=False) as writer:
         writer.write({"train/loss": float("nan")}, round_=1, step=1)
     assert read_metrics(tmp_path)[0]["train/loss"] is None
 
@@ -95,13 +83,13 @@ def test_a_run_that_measured_nothing_has_no_metrics(tmp_path):
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "run").write_text("in the way")
     with pytest.raises(StorageError, match=r"metrics\.jsonl cannot be written"):
-        MetricsWriter(tmp_path / "run", HandClock(), tensorboard=False)
+        MetricsWriter(tmp_path / "run", FakeClock(), tensorboard=False)
 
 
 def test_a_full_disk_is_told(tmp_path):
-    writer = MetricsWriter(tmp_path, HandClock(), tensorboard=False)
+    writer = MetricsWriter(tmp_path, FakeClock(), tensorboard=False)
     writer._file.close()
-    writer._file = Path("/dev/full").open("ab", buffering=0)
+    writer._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
     with pytest.raises(StorageError, match="No space left"):
         writer.write({"train/loss": 1.0}, round_=1, step=1)
     writer.close()

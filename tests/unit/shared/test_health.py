@@ -1,30 +1,17 @@
 import logging
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 
 from shared.errors import StorageError, UnhealthyError
 from shared.health import HealthFile, check
-
-
-@dataclass
-class HandClock:
-    """A clock that the test moves."""
-
-    now_s: float = 1000.0
-
-    def monotonic_s(self):
-        return self.now_s
-
-    def wall_s(self):
-        return 1.7e9 + self.now_s
+from tests.support.fake_clock import FakeClock
 
 
 @pytest.fixture
 def clock():
-    return HandClock()
+    return FakeClock()
 
 
 @pytest.fixture
@@ -34,9 +21,9 @@ def path(tmp_path):
 
 def test_a_program_that_makes_progress_is_healthy(path, clock):
     health = HealthFile(path, clock)
-    clock.now_s += 50
+    clock.advance(50)
     health.progress("training")
-    clock.now_s += 9
+    clock.advance(9)
     found = check(path, max_age_s=10, clock=clock)
     assert (found.phase, found.progress_monotonic_s) == ("training", 1050)
 
@@ -48,7 +35,7 @@ def test_starting_counts_as_progress(path, clock):
 
 def test_a_program_without_progress_is_stuck(path, clock):
     HealthFile(path, clock).progress("training")
-    clock.now_s += 11
+    clock.advance(11)
     with pytest.raises(UnhealthyError, match="no progress for 11 s in phase training"):
         check(path, max_age_s=10, clock=clock)
 
@@ -56,10 +43,10 @@ def test_a_program_without_progress_is_stuck(path, clock):
 def test_progress_in_the_same_phase_is_written_at_most_once_a_second(path, clock):
     health = HealthFile(path, clock)
     health.progress("training")
-    clock.now_s += 0.5
+    clock.advance(0.5)
     health.progress("training")
     assert check(path, max_age_s=1, clock=clock).progress_monotonic_s == 1000
-    clock.now_s += 0.5
+    clock.advance(0.5)
     health.progress("training")
     assert check(path, max_age_s=1, clock=clock).progress_monotonic_s == 1001
 
@@ -75,14 +62,13 @@ def test_a_program_that_died_is_not_healthy_however_fresh_its_file(path, clock):
     )
     subprocess.run([sys.executable, "-c", child, str(path)], check=True)
     with pytest.raises(UnhealthyError, match="stopped in phase starting"):
-        check(path, max_age_s=1e9, clock=HandClock(now_s=1e9))
+        check(path, max_age_s=1e9, clock=FakeClock(1e9))
 
 
 def test_a_file_from_before_the_machine_was_started_again_is_not_healthy(path, clock):
     HealthFile(path, clock)
-    clock.now_s = 5
     with pytest.raises(UnhealthyError, match="stopped"):
-        check(path, max_age_s=10, clock=clock)
+        check(path, max_age_s=10, clock=FakeClock(5))
 
 
 def test_a_program_that_ended_well_leaves_no_file(path, clock):
@@ -114,6 +100,6 @@ def test_a_folder_that_vanishes_later_is_logged_once_and_stops_nothing(path, clo
     path.parent.write_text("in the way")
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            clock.now_s += 2
+            clock.advance(2)
             health.progress("training")
     assert [record.name for record in caplog.records] == ["shared.health"]

@@ -1,0 +1,119 @@
+"""``hsplit-coordinator``: run a fine-tuning, show it, export its result, ask whether it lives."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared import health, logs, version
+from shared.clock import SystemClock
+from shared.config_layers import Flag
+from shared.program import exit_code
+
+logger = logging.getLogger("coordinator")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, carry out the command, return the exit code."""
+    arguments = _parser().parse_args(argv)
+    return exit_code(lambda: int(arguments.command(arguments) or 0))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hsplit-coordinator",
+        description="Fine-tune a language model on text that stays on the devices which own it.",
+        epilog="Exit codes are listed in the README.",
+    )
+    parser.add_argument("--version", action="version", version=f"hsplit {version.VERSION}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run(commands.add_parser("run", help="carry out the run that a YAML file describes"))
+    _add_demo(commands.add_parser("demo", help="the whole system on this machine: 3 agents"))
+    _add_export(commands.add_parser("export", help="write a run's adapter, or the merged model"))
+    _add_health(commands.add_parser("health", help="exit 0 if the run makes progress, else 20"))
+    return parser
+
+
+def _add_logging(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--log-format", choices=["text", "json"])
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="RUN.YAML", help="the run's settings")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--run-id", help="name of the run and of its folder (run.id)")
+    parser.add_argument("--model", help="base model: a hub name or a folder (model.name)")
+    parser.add_argument("--broker", metavar="URL", help="mqtt://… or mqtts://… (broker.url)")
+    _add_logging(parser)
+    parser.set_defaults(command=_run)
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs"), help="where the run's folder goes"
+    )
+    parser.add_argument("--labels", choices=["device", "server"], default="device")
+    parser.add_argument("--rounds", type=int, default=None, help="fewer rounds than the default")
+    _add_logging(parser)
+    parser.set_defaults(command=_demo)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, help="a run's folder, such as runs/my-run")
+    parser.add_argument("--to", type=Path, default=None, help="target folder")
+    parser.add_argument("--merged", action="store_true", help="the full model with its update")
+    parser.set_defaults(command=_export)
+
+
+def _add_health(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run-folder", type=Path, required=True)
+    parser.add_argument("--max-age-s", type=float, default=120.0)
+    parser.set_defaults(command=_health)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    # Inside: torch takes seconds to import, and `health` runs every few seconds.
+    from coordinator import program  # noqa: PLC0415
+    from coordinator.settings import CoordinatorSettings  # noqa: PLC0415
+
+    flags = [
+        Flag("--run-id", "run.id", arguments.run_id),
+        Flag("--model", "model.name", arguments.model),
+        Flag("--broker", "broker.url", arguments.broker),
+        Flag("--log-level", "log_level", arguments.log_level),
+        Flag("--log-format", "log_format", arguments.log_format),
+    ]
+    settings = CoordinatorSettings.load(file=arguments.file, flags=flags)
+    logs.set_up(settings.log_level, settings.log_format)
+    program.run(settings, SystemClock(), resume=arguments.resume)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from coordinator.demo import run  # noqa: PLC0415
+
+    logs.set_up(arguments.log_level or "info", arguments.log_format or "text")
+    run.demo(arguments.folder, SystemClock(), labels=arguments.labels, rounds=arguments.rounds)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from coordinator import program  # noqa: PLC0415
+
+    logs.set_up("warning")
+    print(program.export(arguments.run_folder, arguments.to, merged=arguments.merged))
+
+
+def _health(arguments: argparse.Namespace) -> None:
+    found = health.check(
+        arguments.run_folder / health.FILE_NAME,
+        max_age_s=arguments.max_age_s,
+        clock=SystemClock(),
+    )
+    print(f"{found.phase}: well")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

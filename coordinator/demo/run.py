@@ -1,0 +1,131 @@
+"""``hsplit-coordinator demo``: broker, coordinator and three unequal agents on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from coordinator import demo as material
+from coordinator import program
+from coordinator.embedded_broker import EmbeddedBroker
+from coordinator.metrics import Summary
+from coordinator.reporting import ranks_in_short
+from coordinator.settings import (
+    CoordinatorSettings,
+    DeviceOverrides,
+    DeviceRules,
+    ModelSettings,
+    PlanSettings,
+    RoundSettings,
+    RunSettings,
+)
+from shared.clock import Clock
+from shared.config import BrokerSettings
+from shared.protocol.messages import DeviceId
+from shared.terms import LabelMode, LoraTerms, OptimizerTerms, TrainingChoices
+
+logger = logging.getLogger(__name__)
+
+PLAN = {
+    DeviceId("workstation"): DeviceOverrides(split_layer=3, r=16, lora_alpha=32.0, batch=10),
+    DeviceId("laptop"): DeviceOverrides(split_layer=2, r=8, lora_alpha=16.0, batch=8),
+    DeviceId("nano"): DeviceOverrides(split_layer=1, r=4, lora_alpha=8.0, batch=6),
+}
+"""Who holds how many of the six blocks, with which rank; 24 sequences a step in all."""
+
+ROUNDS = 4
+STEPS = 30
+STOP_TIMEOUT_S = 15.0
+
+
+def settings(
+    folder: Path, broker_url: str, *, labels: LabelMode, rounds: int | None
+) -> CoordinatorSettings:
+    """Return the demo's run: what a ``run.yaml`` would say."""
+    return CoordinatorSettings(
+        run=RunSettings(folder=folder),
+        model=ModelSettings(name=str(material.base_folder())),
+        broker=BrokerSettings(url=broker_url),
+        devices=DeviceRules(min=len(PLAN), expected=len(PLAN), join_timeout_s=120),
+        plan=PlanSettings(devices=PLAN),
+        rounds=RoundSettings(count=rounds or ROUNDS, steps=STEPS),
+        lora=LoraTerms(r=16, lora_alpha=32.0, target_modules=("c_attn", "c_proj", "c_fc")),
+        optimizer=OptimizerTerms(
+            learning_rate=5e-3, warmup_steps=5, schedule="cosine", min_learning_rate_ratio=0.1
+        ),
+        training=TrainingChoices(labels=labels, max_length=256),
+        threads=1,
+    )
+
+
+def demo(folder: Path, clock: Clock, *, labels: LabelMode, rounds: int | None) -> Summary:
+    """Carry out the demo, print what it did, and return its summary.
+
+    Raises:
+        HsplitError: something could not start, or an agent failed.
+    """
+    with EmbeddedBroker() as broker:
+        wanted = settings(folder, broker.url, labels=labels, rounds=rounds)
+        wanted = wanted.with_run_id(clock.wall_s())
+        print(f"broker: embedded {broker.kind} at {broker.url}; run folder: {wanted.run_folder}")
+        print(f"agents write their logs to {wanted.run_folder / 'agents'}")
+        with _agents(wanted.run_folder / "agents", broker.url):
+            summary = program.run(wanted, clock, resume=False)
+    print(table(summary, wanted.run_folder))
+    return summary
+
+
+@contextlib.contextmanager
+def _agents(folder: Path, broker_url: str) -> Iterator[None]:
+    """Run one agent for each shard, as a process of its own; stop those that are left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for shard in material.shards():
+            with (folder / f"{shard.device}.log").open("wb") as log:
+                command = _command(shard, broker_url, folder / shard.device)
+                processes.append(subprocess.Popen(command, stdout=log, stderr=log))
+        yield
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=STOP_TIMEOUT_S)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(timeout=STOP_TIMEOUT_S)
+
+
+def _command(shard: material.Shard, broker_url: str, state_folder: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "edge_agent.cli", "run"),
+        *("--broker", broker_url, "--device-id", shard.device),
+        *("--data", str(shard.training), "--evaluation-data", str(shard.held_out)),
+        *("--state-folder", str(state_folder), "--cache-folder", str(state_folder / "cache")),
+        *("--threads", "1"),
+    ]
+
+
+def table(summary: Summary, run_folder: Path) -> str:
+    """Return the outcome for people."""
+    rows = [f"{'device':<14}{'split layer':>12}{'LoRA rank':>12}{'target tokens':>15}"]
+    rows += [
+        f"{name:<14}{one.split_layer:>12}{ranks_in_short(one.ranks):>12}{one.target_tokens:>15,}"
+        for name, one in summary.devices.items()
+    ]
+    return "\n".join(
+        (
+            "",
+            *rows,
+            "",
+            f"held-out perplexity {summary.perplexity_before:.1f} -> "
+            f"{summary.perplexity_after:.2f} in {summary.steps} steps, {summary.seconds:.0f} s",
+            f"over the broker: {summary.bytes_up / 1e6:.1f} MB up, "
+            f"{summary.bytes_down / 1e6:.1f} MB down",
+            f"adapter: {run_folder / program.ADAPTER}   (PeftModel.from_pretrained opens it)",
+        )
+    )

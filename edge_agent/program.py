@@ -1,0 +1,106 @@
+"""From settings to a finished part in a run: builds the agent's parts and drives its loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+
+from edge_agent import records
+from edge_agent.agent import Agent
+from edge_agent.backends import open_backend
+from edge_agent.conversation import Conversation, Pulse, new_instance, status_will
+from edge_agent.downloads import Downloads
+from edge_agent.model_cache import ModelCache
+from edge_agent.participation import Parts
+from edge_agent.settings import AgentSettings
+from shared import health, logs, version
+from shared.clock import Clock
+from shared.errors import HsplitError
+from shared.protocol.messages import DeviceProfile, Finished
+from shared.protocol.topics import agent_filters
+from shared.transport.link import MessageLink
+from shared.transport.mqtt import MqttTransport
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 30.0
+IDLE_WAIT_S = 0.5
+FAILED_RUN = 1
+
+
+def run(settings: AgentSettings, clock: Clock) -> int:
+    """Take part in a run until it ends; return the exit code.
+
+    Raises:
+        HsplitError: the data is unusable, the broker or the coordinator refuses, and so on.
+    """
+    logs.bind(device_id=settings.device_id)
+    # First the text: whoever has to correct a line need not wait for torch or a broker.
+    text = records.load(
+        settings.data,
+        evaluation_data=settings.evaluation_data,
+        evaluation_fraction=settings.evaluation_fraction,
+    )
+    backend = open_backend(settings.backend, threads=settings.threads)
+    profile = DeviceProfile(
+        backend=backend.name,
+        hsplit_version=version.VERSION,
+        machine=f"{platform.machine()} {platform.system()}",
+        accelerator=backend.accelerator,
+        memory_limit_bytes=settings.memory_limit,
+        sequences=len(text.training),
+        evaluation_sequences=0 if text.held_out is None else len(text.held_out),
+    )
+    with contextlib.ExitStack() as stack:
+        health_file = health.HealthFile(settings.health_file, clock)
+        stack.callback(health_file.close)
+        cache = ModelCache(settings.cache_folder)
+        stack.callback(cache.close)
+        instance = new_instance()
+        link = _connected(settings, instance, clock, stack)
+        conversation = Conversation(settings.device_id, instance, link, clock)
+        pulse = Pulse(conversation, link)
+        pulse.start()
+        stack.callback(pulse.stop)
+        parts = Parts(
+            backend=backend,
+            downloads=Downloads(cache),
+            records=text.training,
+            held_out_records=text.held_out,
+            clock=clock,
+        )
+        agent = Agent(conversation, profile, parts)
+        finished = _drive(agent, conversation, health_file)
+    logger.log(logging.ERROR if finished.failed else logging.INFO, "%s", finished.reason)
+    return FAILED_RUN if finished.failed else 0
+
+
+def _connected(
+    settings: AgentSettings, instance: str, clock: Clock, stack: contextlib.ExitStack
+) -> MessageLink:
+    transport = MqttTransport(
+        settings.broker,
+        client_name=f"hsplit-{settings.device_id}",
+        will=status_will(settings.device_id, instance),
+    )
+    link = MessageLink(transport, clock)
+    link.admit(settings.device_id)
+    stack.callback(link.close)
+    link.start(agent_filters(settings.device_id), timeout_s=CONNECT_TIMEOUT_S)
+    return link
+
+
+def _drive(agent: Agent, conversation: Conversation, health_file: health.HealthFile) -> Finished:
+    reason = "stopped"
+    try:
+        while agent.outcome is None:
+            agent.turn(IDLE_WAIT_S)
+            health_file.progress(agent.phase)
+        reason = agent.outcome.reason
+        return agent.outcome
+    except HsplitError as error:
+        reason = str(error)[:1000]
+        raise
+    finally:
+        conversation.leave(reason)

@@ -1,0 +1,98 @@
+"""What docker/ ships fits the programs: settings load, paths exist, the broker's lines agree."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from coordinator.settings import CoordinatorSettings
+from edge_agent.settings import AgentSettings
+from shared.protocol import topics
+from shared.protocol.messages import DeviceId, RunId
+
+DOCKER = Path(__file__).parents[3] / "docker"
+COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+AGENTS = {name: one for name, one in COMPOSE["services"].items() if name.startswith("agent-")}
+
+
+def test_the_composed_run_loads():
+    settings = CoordinatorSettings.load(file=DOCKER / "config" / "run.yaml", environment={})
+    health = COMPOSE["services"]["coordinator"]["healthcheck"]["test"]
+    assert str(settings.run_folder) == health[health.index("--run-folder") + 1]
+    devices = {agent["environment"]["HSPLIT_DEVICE_ID"] for agent in AGENTS.values()}
+    assert set(settings.plan.devices) == devices
+    assert settings.devices.expected == len(devices)
+
+
+@pytest.mark.parametrize("service", AGENTS)
+def test_the_composed_agents_load(service: str):
+    agent = AGENTS[service]
+    settings = AgentSettings.load(
+        file=DOCKER / "config" / "agent.yaml", environment=agent["environment"]
+    )
+    targets = {
+        volume.split(":")[-2 if volume.endswith(":ro") else -1] for volume in agent["volumes"]
+    }
+    assert {str(settings.data), str(settings.cache_folder), str(settings.state)} <= targets
+    health = agent["healthcheck"]["test"]
+    assert str(settings.state) == health[health.index("--state") + 1]
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "agent.yaml"])
+def test_what_is_commented_out_is_a_setting_too(name: str):
+    """Every commented key is known: uncommenting it must not stop the start."""
+    program = CoordinatorSettings if name == "run.yaml" else AgentSettings
+    text = re.sub(r"(?m)^( *)# (\w+:)", r"\1\2", (DOCKER / "config" / name).read_text())
+    text = text.replace("mqtt://", "mqtts://")  # certificates are for TLS only
+    environment = {"HSPLIT_DEVICE_ID": "nano"}
+    settings = program.load(
+        file=DOCKER / "config" / name, environment={} if name == "run.yaml" else environment
+    )
+    uncommented = program.model_validate(yaml.safe_load(text))
+    assert type(uncommented) is type(settings)
+
+
+def test_every_file_that_compose_mounts_or_builds_exists():
+    for service in COMPOSE["services"].values():
+        for volume in service.get("volumes", ()):
+            if volume.startswith("./"):
+                assert (DOCKER / volume.split(":")[0]).exists(), volume
+        if "build" in service:
+            assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).exists()
+
+
+@pytest.mark.parametrize("name", ["agent", "coordinator"])
+def test_every_file_that_an_image_copies_is_let_through_and_exists(name: str):
+    dockerfile = (DOCKER / f"{name}.Dockerfile").read_text()
+    allowed = (DOCKER / f"{name}.Dockerfile.dockerignore").read_text().splitlines()
+    copied = {
+        source for line in re.findall(r"(?m)^COPY (.*) \S+$", dockerfile) for source in line.split()
+    }
+    assert copied == {line[1:] for line in allowed if line.startswith("!")}
+    for source in copied:
+        assert (DOCKER.parent / source).exists(), source
+
+
+def _acl() -> dict[str, list[str]]:
+    conf = (DOCKER / "mosquitto" / "mosquitto.conf").read_text()
+    access: dict[str, list[str]] = {"read": [], "write": []}
+    for kind, pattern in re.findall(r"#   pattern (read|write)\s+(\S+)", conf):
+        access[kind].append(pattern.replace("%u", "nano"))
+    return access
+
+
+def test_the_access_list_lets_a_device_read_what_it_subscribes_to_and_no_more():
+    filters = topics.agent_filters(DeviceId("nano"))
+    assert sorted(_acl()["read"]) == sorted(one.pattern for one in filters)
+
+
+def test_the_access_list_lets_a_device_write_what_the_coordinator_listens_to_and_no_more():
+    filters = topics.coordinator_filters(RunId("RUN"))
+    expected = [
+        one.pattern.replace("/devices/+", "/devices/nano").replace("RUN", "+") for one in filters
+    ]
+    assert sorted(_acl()["write"]) == sorted(expected)
