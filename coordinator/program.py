@@ -25,10 +25,10 @@ from coordinator.reporting import Reporter, Tallies
 from coordinator.settings import CoordinatorSettings
 from shared import health, logs
 from shared.architecture import ModelArchitecture
+from shared.atomic import replace_file
 from shared.clock import Clock
 from shared.config import BrokerSettings, base_folder
 from shared.errors import ConfigError, HsplitError, StorageError
-from shared.atomic import replace_file
 from shared.protocol.topics import COORDINATOR_STATUS, coordinator_filters
 from shared.transport.base import Will
 from shared.transport.link import MessageLink

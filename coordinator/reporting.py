@@ -120,6 +120,7 @@ class Reporter:
             "train/target_tokens": float(self._step_loss.target_tokens),
             "train/server_gradient_norm": gradient_norm,
             "train/learning_rate": learning_rate,
+            **self._traffic(),
         }
         self._writer.write(values, round_=round_, step=step + 1)
         self._advance(step + 1, self._step_loss.value)
@@ -173,7 +174,6 @@ class Reporter:
                 self._round_loss.add(result.loss_sum, result.target_tokens)
         self.tallies.steps = step
         self.tallies.target_tokens = dict(Counter(self.tallies.target_tokens) + Counter(tokens))
-        self.measure()
         seconds = self._clock.monotonic_s() - self._round_began_s
         values = {
             "round/seconds": seconds,
@@ -181,8 +181,7 @@ class Reporter:
             "aggregation/norm": aggregated.norm,
             "aggregation/largest_rank": float(aggregated.largest_rank),
             "aggregation/relative_error": aggregated.largest_error,
-            "traffic/bytes_up": float(self.tallies.bytes_up),
-            "traffic/bytes_down": float(self.tallies.bytes_down),
+            **self._traffic(),
             **{f"device/{device}/busy_s": result.busy_s for device, result in results.items()},
             **{f"device/{device}/target_tokens": float(n) for device, n in tokens.items()},
         }
@@ -207,6 +206,11 @@ class Reporter:
         self.tallies.seconds = self._clock.monotonic_s() - self._began_s
         self.tallies.bytes_up = up + self._link.bytes_received.total()
         self.tallies.bytes_down = down + self._link.bytes_sent.total()
+
+    def _traffic(self) -> dict[str, float]:
+        self.measure()
+        up, down = self.tallies.bytes_up, self.tallies.bytes_down
+        return {"traffic/bytes_up": float(up), "traffic/bytes_down": float(down)}
 
     def summary(self) -> Summary:
         """Return the run's summary as of now."""

@@ -156,6 +156,7 @@ class ServerTrainer:
         if (device_id, key) in self._open:
             raise ProtocolError(f"{_name(device_id, key)} is open already")
         name = _name(device_id, key)
+        self._check(sent, name=name)
         labels_N = self._labels(sent, name=name)
         self._back.adapters.dropout.begin(
             dropout_seed(
@@ -205,6 +206,7 @@ class ServerTrainer:
             ProtocolError: labels are missing or unwanted, or the blocks are not held.
         """
         name = f"evaluation of {device_id}"
+        self._check(sent, name=name)
         labels_N = self._labels(sent, name=name)
         self._back.adapters.dropout.begin(None)
         with torch.no_grad():
@@ -272,14 +274,21 @@ class ServerTrainer:
         """
         self._optimizer.restore(state)
 
-    def _run(self, sent: MicroBatchInput, *, name: str, train: bool) -> _Forward:
-        """Check what came in and run it through the back."""
-        if not self._back.blocks.start <= sent.split_layer <= self._back.blocks.stop:
+    def _check(self, sent: MicroBatchInput, *, name: str) -> None:
+        blocks, lengths = self._back.blocks, sent.lengths
+        if not blocks.start <= sent.split_layer <= blocks.stop:
             raise ProtocolError(
                 f"{name}: split layer {sent.split_layer}, but the server holds blocks "
-                f"{self._back.blocks.start} to {self._back.blocks.stop - 1}"
+                f"{blocks.start} to {blocks.stop - 1}"
             )
-        self._check_lengths(sent.lengths, name=name)
+        if not lengths or min(lengths) < 1 or max(lengths) > self._training.max_length:
+            raise NumericsError(
+                f"{name}: sequences must have 1 to {self._training.max_length} tokens, "
+                f"got {min(lengths, default=0)} to {max(lengths, default=0)}"
+            )
+
+    def _run(self, sent: MicroBatchInput, *, name: str, train: bool) -> _Forward:
+        """Run what came in through the back."""
         shape = (sum(sent.lengths), self._back.architecture.hidden_size)
         received_ND = self._receive(sent.hidden, shape, what=f"activations of {name}")
         received_ND = received_ND.to(self._back.dtype).requires_grad_(train)
@@ -325,13 +334,6 @@ class ServerTrainer:
         if bool((labels_N >= vocab_size).any()):
             raise NumericsError(f"{what}: token id {int(labels_N.max())} of {vocab_size} words")
         return labels_N.long()
-
-    def _check_lengths(self, lengths: Sequence[int], *, name: str) -> None:
-        if not lengths or min(lengths) < 1 or max(lengths) > self._training.max_length:
-            raise NumericsError(
-                f"{name}: sequences must have 1 to {self._training.max_length} tokens, "
-                f"got {min(lengths, default=0)} to {max(lengths, default=0)}"
-            )
 
     def _receive(self, frame: TensorFrame, shape: tuple[int, ...], *, what: str) -> torch.Tensor:
         dtype, device = self._training.wire_dtype, self._back.device

@@ -38,7 +38,7 @@ def _no_passphrase() -> str:
 class _ClosingSocket(ssl.SSLSocket):
     """A socket that is closed when its handshake fails; paho leaves it to the garbage collector."""
 
-    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002 (ssl's own)
+    def do_handshake(self, block: bool = False) -> None:
         """Perform the handshake, or close."""
         try:
             super().do_handshake(block)

@@ -51,3 +51,13 @@ def payload(transport: MqttTransport) -> bytes:
     delivery = event(transport, Delivery)
     assert isinstance(delivery, Delivery)
     return bytes(delivery.payload)
+
+
+def await_payload(transport: MqttTransport, expected: bytes) -> None:
+    """Pass over payloads until this one comes; QoS 1 may bring what was before it twice.
+
+    amqtt does so when a subscription arrives between its acknowledging a retained message
+    and its handing that message on.
+    """
+    while payload(transport) != expected:
+        pass

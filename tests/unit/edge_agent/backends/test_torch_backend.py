@@ -153,14 +153,16 @@ def poisoned():
     return pack(values)
 
 
-@pytest.mark.parametrize("bad", [gradient(lengths=(9, 4)), poisoned(), pack(np.zeros((25, 32)))])
+@pytest.mark.parametrize(
+    "bad", [gradient(lengths=(9, 4)), poisoned(), pack(np.zeros((25, 32), "f2"))]
+)
 def test_a_bad_gradient_is_refused_and_leaves_no_trace(bad, tmp_path):
     made, untouched = backend(tmp_path), backend(tmp_path)
     for one in (made, untouched):
         one.forward(KEY, tiny_batch(LENGTHS), train=True)
-    with pytest.raises((NumericsError, ProtocolError)):
+    with pytest.raises(NumericsError):
         made.backward(KEY, bad)
-    with pytest.raises((NumericsError, ProtocolError)):
+    with pytest.raises(NumericsError):
         made.head(KEY, bad, train=True)
     for one in (made, untouched):
         one.backward(KEY, gradient())
@@ -255,9 +257,9 @@ def test_a_repeated_run_with_dropout_is_identical(tmp_path):
 @pytest.mark.parametrize(
     ("terms", "tolerance"),
     [
-        ({"wire_dtype": "bfloat16"}, 0.05),
-        ({"wire_dtype": "float16"}, 0.01),
-        ({"wire_dtype": "bfloat16", "dtype": "bfloat16"}, 0.2),
+        ({"wire_dtype": "bfloat16"}, 0.1),
+        ({"wire_dtype": "float16"}, 0.02),
+        ({"wire_dtype": "bfloat16", "dtype": "bfloat16"}, 0.15),
     ],
 )
 def test_half_precision_runs_close_to_float32(terms, tolerance, labels, tmp_path):
@@ -270,5 +272,5 @@ def test_half_precision_runs_close_to_float32(terms, tolerance, labels, tmp_path
     for name, pair in exact.adapters().items():
         went = np.linalg.norm(pair.b_OR - start[name].b_OR)
         apart = np.linalg.norm(half.adapters()[name].b_OR - pair.b_OR)
-        assert apart <= 5 * tolerance * went
+        assert apart <= tolerance * went
         assert half.adapters()[name].b_OR.dtype == np.float32

@@ -1,0 +1,142 @@
+"""Starts the real programs as processes, over a real broker, and waits for what they do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.support.brokers import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Process:
+    """One program under test; its output goes to ``log``."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        """Return the exit code."""
+        try:
+            return self.popen.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"{self.name} still runs:\n{self.text()[-3000:]}") from error
+
+    def text(self) -> str:
+        """Return what it wrote so far."""
+        return self.log.read_text(errors="replace")
+
+    def send(self, signal_: signal.Signals) -> None:
+        """Send a signal."""
+        self.popen.send_signal(signal_)
+
+
+@dataclass
+class System:
+    """A run folder's worth of processes. Use it as a context manager: it leaves none behind."""
+
+    folder: Path
+    broker_url: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    processes: list[Process] = field(default_factory=list)
+
+    def __enter__(self) -> System:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            if process.popen.poll() is None:
+                process.popen.kill()
+            process.popen.wait(timeout=30)
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder of the coordinator's run."""
+        return self.folder / "runs" / "test"
+
+    def coordinator(self, settings: Mapping[str, Any], *flags: str, number: int = 0) -> Process:
+        """Start ``hsplit-coordinator run`` with these settings."""
+        file = self.folder / "run.yaml"
+        whole = {
+            "run": {"id": "test", "folder": str(self.folder / "runs")},
+            "broker": {"url": self.broker_url},
+            **settings,
+        }
+        file.write_text(yaml.safe_dump(whole))
+        return self.start(
+            f"coordinator{number or ''}", ["coordinator.cli", "run", str(file), *flags]
+        )
+
+    def agent(self, device: str, data: Path, *flags: str, name: str | None = None) -> Process:
+        """Start ``hsplit-agent run`` for one device."""
+        own = self.folder / (name or device)
+        return self.start(
+            name or device,
+            [
+                *("edge_agent.cli", "run", "--broker", self.broker_url),
+                *("--device-id", device, "--data", str(data)),
+                *("--state-folder", str(own), "--cache-folder", str(own / "cache")),
+                *flags,
+            ],
+        )
+
+    def start(self, name: str, module: Sequence[str]) -> Process:
+        """Start a module of ours as a program."""
+        log = self.folder / f"{name}.log"
+        with log.open("wb") as output:
+            popen = subprocess.Popen(
+                [sys.executable, "-m", *module],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env={**os.environ, **self.environment},
+            )
+        process = Process(name, popen, log)
+        self.processes.append(process)
+        return process
+
+    def wait_for_line(self, process: Process, text: str, *, timeout_s: float = 60.0) -> None:
+        """Wait until a process has written ``text``."""
+
+        def written() -> bool:
+            if process.popen.poll() is not None and text not in process.text():
+                raise AssertionError(f"{process.name} ended:\n{process.text()[-3000:]}")
+            return text in process.text()
+
+        wait_until(written, f"{process.name} to write {text!r}", timeout_s=timeout_s)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of the run's metrics.jsonl."""
+        path = self.run_folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the run's summary.json."""
+        with contextlib.suppress(FileNotFoundError):
+            summary: dict[str, Any] = json.loads((self.run_folder / "summary.json").read_text())
+            return summary
+        raise AssertionError("the run left no summary.json")
+
+
+@contextlib.contextmanager
+def broker(folder: Path) -> Iterator[str]:
+    """Run a mosquitto of its own with the shipped configuration; yield its URL."""
+    from tests.support.brokers import Mosquitto
+
+    with Mosquitto(folder) as mosquitto:
+        yield mosquitto.url
