@@ -80,6 +80,7 @@ class Coordinator:
         self._save_checkpoint = save_checkpoint
         self._next_round = next_round
         self._driver: RoundDriver | None = None
+        self._started = False
         self._quorum_since_s: float | None = None
         self._idle_since_s = clock.monotonic_s()
         self._next_tick_s = clock.monotonic_s()
@@ -244,9 +245,11 @@ class Coordinator:
             return
         if self._quorum_since_s is None:
             self._quorum_since_s = now
-        first = self._next_round == 1 and rules.expected != len(prepared)
-        if first and now - self._quorum_since_s < rules.wait_s and rules.expected != rules.min:
+        expected = rules.expected or rules.min
+        waited_s = now - self._quorum_since_s
+        if not self._started and len(prepared) < expected and waited_s < rules.wait_s:
             return
+        self._started = True
         self._start_round(prepared)
 
     # --- rounds -------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class Membership:
         try:
             status = json.loads(event.payload)
             state, instance = str(status["state"]), str(status["instance"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             logger.debug("unreadable status of %s", event.device)
             return
         if state == "offline" and event.device is not None:

@@ -63,6 +63,11 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
         cache_folder=base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "pieces",
     )
     architecture = _checked_architecture(settings, store)
+    if settings.training.labels == "server":
+        logger.warning(
+            "labels: server: the devices send the tokens to predict, which are their text, to "
+            "this coordinator; labels: device keeps them at home"
+        )
     replace_file(folder / RUN_FILE, yaml.safe_dump(settings.resolved(), sort_keys=False).encode())
     with _broker(settings) as broker, contextlib.ExitStack() as stack:
         transport = MqttTransport(broker, client_name="hsplit-coordinator", will=_will(settings))

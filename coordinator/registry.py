@@ -66,7 +66,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """This very session is a member already: the request is a repeat."""
+    """This session, or a later one of the same start, is a member: the request is a repeat."""
 
     member: Member
 
@@ -110,9 +110,9 @@ class Registry:
         old = self._members.get(device)
         if old is None:
             return Admitted(self._admit(device, request, now_s))
-        if old.session == session:
-            return Known(old)
         if _instance(old.session) == _instance(session):
+            if session <= old.session:
+                return Known(old)  # a repeat, or the late request of an earlier life
             return Admitted(self._admit(device, request, now_s), replaced=old)
         if not self.is_held(device, session):
             self._challengers[device] = _Challenger(request, now_s)

@@ -111,6 +111,7 @@ class Round:
         self._evaluation_closed = False
         self._delivered: list[DeviceId] = []
         self._done: dict[DeviceId, dict[int, int]] = {}
+        self._announced: dict[DeviceId, int] = {}
         self._complete: set[DeviceId] = set()
         self._tokens: Counter[DeviceId] = Counter()
 
@@ -171,6 +172,7 @@ class Round:
         for group in (self._exchanging, self._alone, self._to_evaluate, self._complete):
             group.discard(device)
         self._done.pop(device, None)
+        self._announced.pop(device, None)
 
     def _evaluate(self, device: DeviceId) -> None:
         if device in self._to_evaluate:
@@ -187,6 +189,10 @@ class Round:
         done = self._done.setdefault(event.device, {})
         if event.index in done:
             raise ProtocolError(f"{event.device}: micro-batch {event.index} came twice")
+        if self._announced.setdefault(event.device, event.of) != event.of:
+            raise ProtocolError(
+                f"{event.device}: {event.of} micro-batches, {self._announced[event.device]} before"
+            )
         done[event.index] = event.target_tokens
         if len(done) == event.of:
             self._complete.add(event.device)
@@ -194,6 +200,8 @@ class Round:
     def _deliver(self, event: Delivered) -> None:
         if event.device in self._delivered:
             return
+        if event.device in self._to_evaluate:
+            raise ProtocolError(f"{event.device} delivered before it evaluated")
         # The others may still be at the last step when this device has done its part of it.
         last = self.step == self.end_step - 1 and event.device in self._complete
         if event.device in self._exchanging and self.training and not last:
@@ -218,6 +226,7 @@ class Round:
         close = CloseStep(self.step, tuple(sorted(tokens)), sum(tokens.values()))
         self.step += 1
         self._done.clear()
+        self._announced.clear()
         self._complete.clear()
         return close
 

@@ -65,8 +65,8 @@ class EmbeddedBrokerSettings(Section):
 class DeviceRules(Section):
     """How many devices a run takes, and how long it waits for them.
 
-    The first round starts once ``min`` devices joined and either ``expected`` did too or
-    ``wait_s`` passed since; fewer than ``min`` within ``join_timeout_s`` end the run. A device
+    The first round starts once ``min`` devices are ready and either ``expected`` are (None: no
+    more than ``min``) or ``wait_s`` passed since; who comes later joins the next round. Fewer than ``min`` within ``join_timeout_s`` end the run. A device
     that was not heard for ``lost_after_s`` is lost; a step is closed after ``step_timeout_s``.
     """
 

@@ -143,6 +143,11 @@ class Conversation:
         self._ask(topic, request)
         return request.call.number
 
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be posted beside what is open; false until an old answer has come."""
+        return self._calls.has_room
+
     def ask(self, make: Callable[[Call], Request], expected: type[T]) -> Script[T]:
         """Send a request and wait for its answer.
 
@@ -171,7 +176,7 @@ class Conversation:
         now = self._clock.monotonic_s()
         if now >= self._next_heartbeat_s:
             self._next_heartbeat_s = now + HEARTBEAT_S
-            self._send_heartbeat(self._calls.overdue(now, after_s=REPEAT_AFTER_S))
+            self._send_heartbeat(self._overdue(now))
         return event is not None
 
     @property
@@ -209,6 +214,12 @@ class Conversation:
     def _ask(self, topic: Topic, request: Request) -> None:
         self._calls.asked(topic, request, self._clock.monotonic_s())
         self._link.send(topic, request)
+
+    def _overdue(self, now_s: float) -> tuple[int, ...]:
+        # What is still trickling in over a slow link is not lost: asking for it makes it slower.
+        if self._link.receiving_from(self.device_id, within_s=REPEAT_AFTER_S):
+            return ()
+        return self._calls.overdue(now_s, after_s=REPEAT_AFTER_S)
 
     def _send_heartbeat(self, awaiting: tuple[int, ...]) -> None:
         topic = device_topic(self.device_id, "telemetry")

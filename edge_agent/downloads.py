@@ -193,7 +193,7 @@ def _carry_out(download: Download, conversation: Conversation) -> Script[None]:
         logger.info("fetching %.1f MB of the base model", download.total_bytes / 1e6)
     open_: dict[int, PieceRange] = {}
     while True:
-        for range_ in download.ask():
+        for range_ in download.ask() if conversation.has_room else ():
             open_[_post(conversation, range_)] = range_
         if not open_:
             return

@@ -88,7 +88,7 @@ class _Exchange:
         return self.total
 
     def _send_more(self, waiting: Iterator[tuple[int, TokenBatch]]) -> None:
-        while len(self.open) < self.work.in_flight:
+        while len(self.open) < self.work.in_flight and self.conversation.has_room:
             following = next(waiting, None)
             if following is None:
                 return

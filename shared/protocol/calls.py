@@ -44,6 +44,16 @@ class OpenCalls:
         self._next += 1
         return call
 
+    @property
+    def has_room(self) -> bool:
+        """Whether another call that brings a second one after it may be made.
+
+        While one answer is missing the coordinator must keep all later ones, so calls end
+        half-way to `MAX_OPEN_CALLS` from the oldest that is open; the other half is for those
+        that follow from an answer.
+        """
+        return self._next - min(self._open, default=self._next) < MAX_OPEN_CALLS // 2
+
     def asked(self, topic: Topic, request: Request, now_s: float) -> None:
         """Note that ``request`` goes out now (again)."""
         self._open[request.call.number] = _OpenCall(topic, request, now_s)

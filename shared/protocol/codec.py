@@ -27,6 +27,11 @@ MAJOR = 1
 MINOR = 0
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 16 * 1024 * 1024
+MAX_ITEMS = 65_536
+"""Of one list or map; msgpack allocates what a list announces before it has seen its items."""
+MAX_REFERENCE_BYTES = 128
+MAX_REASON_CHARACTERS = 500
+"""A refusal quotes what it refuses, and must itself fit into a message."""
 
 _PREFIX = struct.Struct("<2sBBI")
 _MAGIC = b"hs"
@@ -68,13 +73,18 @@ def decode(payload: bytes | bytearray | memoryview) -> Message:
     header, body = _split(view)
     try:
         plain = msgpack.unpackb(
-            header, ext_hook=lambda code, data: _tensor(code, data, body), strict_map_key=True
+            header,
+            ext_hook=lambda code, data: _tensor(code, data, body),
+            strict_map_key=True,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
         )
         return _ADAPTER.validate_python(plain)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise CodecError(f"message refused at {where or 'top'}: {first['msg']}") from error
+        reason = f"message refused at {where or 'top'}: {first['msg']}"
+        raise CodecError(reason[:MAX_REASON_CHARACTERS]) from error
     except (msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
         raise CodecError(f"not a message: {type(error).__name__}") from error
 
@@ -96,8 +106,8 @@ def _split(view: memoryview) -> tuple[memoryview, memoryview]:
 
 
 def _tensor(code: int, data: bytes, body: memoryview) -> TensorFrame:
-    if code != _TENSOR:
-        raise CodecError(f"unknown extension {code}")
+    if code != _TENSOR or len(data) > MAX_REFERENCE_BYTES:
+        raise CodecError(f"unknown extension {code} of {len(data)} bytes")
     place = msgpack.unpackb(data)
     if not isinstance(place, list) or len(place) != 4:
         raise CodecError("malformed tensor reference")

@@ -111,10 +111,10 @@ def parse(name: str) -> Address | None:
         return None
     parts = name[len(ROOT) + 1 :].split("/")
     match parts:
-        case ["devices", device, kind] if kind in _DEVICE_KINDS and _NAME.match(device):
+        case ["devices", device, kind] if kind in _DEVICE_KINDS and _NAME.fullmatch(device):
             return Address(_DEVICE_KINDS[_DEVICE_KINDS.index(kind)], DeviceId(device))
         case ["runs", run, "devices", device, kind] if (
-            kind in _RUN_KINDS and _NAME.match(run) and _NAME.match(device)
+            kind in _RUN_KINDS and _NAME.fullmatch(run) and _NAME.fullmatch(device)
         ):
             return Address(_RUN_KINDS[_RUN_KINDS.index(kind)], DeviceId(device), RunId(run))
     return None

@@ -105,6 +105,7 @@ def test_a_broker_restart_is_a_link_down_and_up_with_subscriptions_and_birth(
     for transport in (agent, coordinator):
         assert broker.url in event(transport, LinkDown).reason
     agent.publish(ACTIVATIONS, b"dropped")
+    assert agent.bytes_sent == 0
     broker.start()
     assert isinstance(agent.receive(20), LinkUp), "the change of the link is told once"
     assert event(coordinator, LinkUp) == LinkUp()

@@ -216,6 +216,8 @@ def test_a_frozen_broker_does_not_hold_up_close(mosquitto: Mosquitto, connect: C
     process = mosquitto._process
     assert process is not None
     os.kill(process.pid, signal.SIGSTOP)
+    for _ in range(30):  # more than the sockets between can hold
+        transport.publish(ACTIVATIONS, bytes(900_000))
     try:
         closing = threading.Thread(target=transport.close)
         closing.start()

@@ -34,12 +34,29 @@ from shared.errors import HsplitError
 from shared.protocol.messages import DeviceId, DeviceProfile
 from shared.protocol.topics import agent_filters, coordinator_filters
 from shared.transport.link import MessageLink
-from shared.transport.memory import Faults, MemoryBroker, MemoryTransport
+from shared.transport.memory import DEFAULT_MAX_PAYLOAD_BYTES, Faults, MemoryBroker, MemoryTransport
 from tests.support.fake_clock import FakeClock
 from tests.support.tiny_models import tiny_model
 from tests.support.vocabularies import byte_level
 
-WORDS = "the red fox saw a small house near river and then it slept under old tree".split()
+WORDS = [
+    "the",
+    "red",
+    "fox",
+    "saw",
+    "a",
+    "small",
+    "house",
+    "near",
+    "river",
+    "and",
+    "then",
+    "it",
+    "slept",
+    "under",
+    "old",
+    "tree",
+]
 
 
 def write_model(folder: Path, family: str, **changes: Any) -> Path:
@@ -73,27 +90,36 @@ def write_text(path: Path, *, lines: int, seed: int) -> Path:
 
 @dataclass
 class Device:
-    """One simulated device."""
+    """One simulated device; ``parts`` hold its backend, ``gone`` after `Simulation.vanish`."""
 
     agent: Agent
     transport: MemoryTransport
+    parts: Parts
     error: HsplitError | None = None
+    gone: bool = False
 
 
 @dataclass
 class Simulation:
-    """Builds and drives the system. ``settings``: as in a run file, without ``model``."""
+    """Builds and drives the system. ``settings``: as in a run file, without ``model``.
+
+    ``model_folder``: a base model written before, instead of a new one of ``family``.
+    """
 
     folder: Path
     family: str = "gpt2"
     settings: Mapping[str, Any] = field(default_factory=dict)
     faults: Faults | None = None
     model_changes: Mapping[str, Any] = field(default_factory=dict)
+    model_folder: Path | None = None
+    max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
 
     def __post_init__(self) -> None:
         self.clock = FakeClock()
-        self.broker = MemoryBroker(self.clock, faults=self.faults)
-        model = self.folder / "base"
+        self.broker = MemoryBroker(
+            self.clock, faults=self.faults, max_payload_bytes=self.max_payload_bytes
+        )
+        model = self.model_folder or self.folder / "base"
         if not model.exists():
             write_model(model, self.family, **self.model_changes)
         self.config = CoordinatorSettings(
@@ -126,8 +152,9 @@ class Simulation:
         if resumed is not None:
             model.resume(resumed)
         self.model = model
+        tallies = Tallies() if resumed is None else Tallies.restored(resumed.state)
         self.reporter = Reporter(
-            writer, link, self.clock, total_steps=settings.total_steps, tallies=Tallies()
+            writer, link, self.clock, total_steps=settings.total_steps, tallies=tallies
         )
         return Coordinator(
             settings,
@@ -158,6 +185,13 @@ class Simulation:
         link = MessageLink(transport, self.clock)
         link.admit(device)
         link.start(agent_filters(device), timeout_s=1)
+        parts = Parts(
+            backend=open_backend("torch"),
+            downloads=Downloads(ModelCache(self.folder / f"cache-{name}")),
+            records=loaded.training,
+            held_out_records=loaded.held_out,
+            clock=self.clock,
+        )
         agent = Agent(
             Conversation(device, instance, link, self.clock),
             DeviceProfile(
@@ -167,17 +201,17 @@ class Simulation:
                 evaluation_sequences=len(loaded.held_out or ()),
                 **profile,
             ),
-            Parts(
-                backend=open_backend("torch"),
-                downloads=Downloads(ModelCache(self.folder / f"cache-{name}")),
-                records=loaded.training,
-                held_out_records=loaded.held_out,
-                clock=self.clock,
-            ),
+            parts,
         )
-        added = Device(agent, transport)
+        added = Device(agent, transport, parts)
         self.devices[name if name not in self.devices else f"{name}-{instance}"] = added
         return added
+
+    def vanish(self, name: str) -> None:
+        """Kill an agent: the broker publishes its will, and it never does anything again."""
+        device = self.devices[name]
+        device.gone = True
+        device.transport.vanish()
 
     def restart_coordinator(self) -> None:
         """Kill the coordinator and start it again from its last checkpoint."""
@@ -214,7 +248,11 @@ class Simulation:
         return did
 
     def _alive(self) -> Sequence[Device]:
-        return [d for d in self.devices.values() if d.error is None and not d.agent.finished]
+        return [
+            d
+            for d in self.devices.values()
+            if d.error is None and not d.gone and not d.agent.finished
+        ]
 
     def _done(self) -> bool:
         return self.coordinator.finished and not self._alive()

@@ -8,7 +8,8 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from shared.config import BrokerSettings
 from shared.errors import BrokerRefusedError
-from shared.protocol.topics import Filter
+from shared.protocol.topics import Filter, Topic
+from shared.transport.base import Will
 from shared.transport.inbox import Inbox
 from shared.transport.lane import Endpoint, Lane, LaneNotice, LaneReady, LaneRefused
 
@@ -18,13 +19,13 @@ SETTINGS = BrokerSettings(url="mqtt://broker.example:1883", username="nano")
 class Heard:
     """A lane that is not connected, and what it tells."""
 
-    def __init__(self) -> None:
+    def __init__(self, will: Will | None = None) -> None:
         self.inbox: Inbox[LaneNotice] = Inbox()
         self.lane = Lane(
             "control",
             Endpoint(SETTINGS, "client", "5", None),
             filters=[Filter("allowed"), Filter("forbidden")],
-            will=None,
+            will=will,
             inbox=self.inbox,
         )
 
@@ -75,6 +76,17 @@ def test_granted_subscriptions_make_a_lane_ready():
     heard.lane._on_subscribe(heard.lane._client, None, 1, reasons, None)
     assert heard.inbox.take(0) == LaneReady(heard.lane, 1_000_000)
     assert heard.lane.ready
+
+
+def test_a_lane_with_a_birth_is_ready_when_the_broker_has_it():
+    heard = Heard(Will(Topic("status"), b"online", b"offline"))
+    granted = [ReasonCode(PacketTypes.SUBACK, "Granted QoS 1")] * 2
+    heard.lane._on_subscribe(heard.lane._client, None, 1, granted, None)
+    assert heard.inbox.take(0) is None
+    assert heard.lane._birth_mid is not None
+    taken = ReasonCode(PacketTypes.PUBACK, "Success")
+    heard.lane._on_publish(heard.lane._client, None, heard.lane._birth_mid, taken, None)
+    assert heard.inbox.take(0) == LaneReady(heard.lane, 1_000_000)
 
 
 def test_a_publish_that_the_access_list_forbids_is_an_error():
