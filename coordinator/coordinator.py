@@ -44,7 +44,7 @@ from shared.protocol.messages import (
     RoundStart,
 )
 from shared.protocol.tensors import TensorFrame
-from shared.transport.base import LinkDown
+from shared.transport.base import LinkDown, LinkUp
 from shared.transport.link import LinkEvent, MessageLink, Received, StatusSeen, Unreadable
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class Coordinator:
         self._next_round = next_round
         self._driver: RoundDriver | None = None
         self._started = False
+        self._link_is_up = True
         self._quorum_since_s: float | None = None
         self._idle_since_s = clock.monotonic_s()
         self._next_tick_s = clock.monotonic_s()
@@ -126,8 +127,9 @@ class Coordinator:
             event = self._link.receive(0.0)
         if self._clock.monotonic_s() >= self._next_tick_s:
             self._next_tick_s = self._clock.monotonic_s() + TICK_S
-            self.members.tick()
-            self._drop_the_silent()
+            if self._link_is_up:
+                self.members.tick()
+                self._drop_the_silent()
         self._close_round_if_over()
         if self._driver is None and not self.finished:
             self._start_round_if_due()
@@ -144,6 +146,10 @@ class Coordinator:
             self.members.handle_unreadable(event)
         elif isinstance(event, LinkDown):
             logger.warning("link to the broker lost (%s), reconnecting", event.reason)
+            self._link_is_up = False
+        elif isinstance(event, LinkUp):
+            self._link_is_up = True
+            self.members.registry.excuse(self._clock.monotonic_s())
 
     def _handle_message(self, device: DeviceId, message: Message) -> None:
         if isinstance(message, JoinRequest) or not isinstance(message, Request):

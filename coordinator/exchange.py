@@ -8,7 +8,7 @@ the queue is bounded; open graphs are bounded by ``max_open``.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from coordinator.membership import StaleRequestError
@@ -63,6 +63,14 @@ class _Open:
     target_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Announced:
+    """How many micro-batches a device's step has by its own word, and which of them came."""
+
+    micro_batches: int
+    indices: set[int] = field(default_factory=set)
+
+
 class Exchange:
     """The queue in front of one `ServerTrainer`, for one round."""
 
@@ -72,6 +80,7 @@ class Exchange:
         self._round = round_
         self._queue: deque[tuple[Member, Job]] = deque()
         self._open: dict[tuple[str, int, int], _Open] = {}
+        self._announced: dict[tuple[str, int], _Announced] = {}
 
     def submit(self, member: Member, job: Job) -> None:
         """Queue one request of a member.
@@ -93,6 +102,7 @@ class Exchange:
         """Forget everything of a member that is gone."""
         self._queue = deque(entry for entry in self._queue if entry[0] is not member)
         self._open = {k: v for k, v in self._open.items() if k[0] != member.device_id}
+        self._announced = {k: v for k, v in self._announced.items() if k[0] != member.device_id}
         self._trainer.drop(member.device_id)
 
     def run_one(self) -> Done | Failed | None:
@@ -106,6 +116,7 @@ class Exchange:
                 try:
                     return self._carry_out(member, job)
                 except (NumericsError, ProtocolError) as error:
+                    self._forget(member, job)
                     return Failed(member, job, error)
         return None
 
@@ -120,6 +131,32 @@ class Exchange:
             raise ProtocolError(f"step {job.step} while step {self._round.step} is open")
         if job.micro_batches > plan.batch or job.micro_batch >= job.micro_batches:
             raise ProtocolError(f"micro-batch {job.micro_batch} of {job.micro_batches}")
+        if len(job.lengths) > plan.micro_batch or job.target_tokens > sum(job.lengths):
+            raise ProtocolError(
+                f"{len(job.lengths)} sequences of {sum(job.lengths)} tokens, "
+                f"{job.target_tokens} of them targets, in a micro-batch of {plan.micro_batch}"
+            )
+        self._announce(member, job)
+
+    def _announce(self, member: Member, job: Activations) -> None:
+        """Note a micro-batch: the round, which counts on that, must hear of each one once."""
+        here = member.device_id, job.step
+        step = self._announced.get(here, _Announced(job.micro_batches))
+        if step.micro_batches != job.micro_batches:
+            raise ProtocolError(
+                f"step {job.step} has {job.micro_batches} micro-batches now, and had "
+                f"{step.micro_batches} before"
+            )
+        if job.micro_batch in step.indices:
+            raise ProtocolError(f"micro-batch {job.micro_batch} of step {job.step} came twice")
+        step.indices.add(job.micro_batch)
+        now = self._round.step
+        self._announced = {k: v for k, v in self._announced.items() if k[1] >= now} | {here: step}
+
+    def _forget(self, member: Member, job: Job) -> None:
+        step = self._announced.get((member.device_id, job.step))
+        if isinstance(job, Activations) and job.purpose == "train" and step is not None:
+            step.indices.discard(job.micro_batch)
 
     def _is_due(self, job: Job) -> bool:
         if isinstance(job, HiddenGradients) or job.purpose == "evaluate":

@@ -177,9 +177,18 @@ class Membership:
         if isinstance(result, Held):
             logger.info("%s asks to join, but that id is in use; waiting for a sign of it", device)
         elif isinstance(result, Known):
-            self.registry.heard(device, request.call.session, self._clock.monotonic_s())
+            self._join_again(result.member, request)
         else:
             self._admitted(result, request)
+
+    def _join_again(self, member: Member, request: JoinRequest) -> None:
+        now = self._clock.monotonic_s()
+        if self.registry.find(member.device_id, request.call.session) is None:
+            return  # of an earlier life
+        self.registry.heard(member.device_id, member.session, now)
+        again, _ = member.book.repeat((request.call.number,), now, after_s=REPEAT_AFTER_S)
+        for topic, answer in again:
+            self._link.send(topic, answer)
 
     def _admitted(self, admitted: Admitted, request: JoinRequest) -> None:
         if admitted.replaced is not None:

@@ -40,7 +40,6 @@ RUN_FILE = "run.yaml"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 MERGED = "merged"
-CONNECT_TIMEOUT_S = 30.0
 IDLE_WAIT_S = 0.5
 GOODBYE_S = 10.0
 
@@ -73,7 +72,7 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
         transport = MqttTransport(broker, client_name="hsplit-coordinator", will=_will(settings))
         link = MessageLink(transport, clock)
         stack.callback(link.close)
-        link.start(coordinator_filters(settings.run_id), timeout_s=CONNECT_TIMEOUT_S)
+        link.start(coordinator_filters(settings.run_id), timeout_s=broker.connect_timeout_s)
         model = GlobalModel(settings, store, architecture)
         if checkpoint is not None:
             model.resume(checkpoint)

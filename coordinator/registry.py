@@ -135,6 +135,11 @@ class Registry:
         if member is not None and _instance(member.session) == instance:
             member.heard_s = min(member.heard_s, now_s - self._lost_after_s + WILL_GRACE_S)
 
+    def excuse(self, now_s: float) -> None:
+        """Count no silence until now against anybody: we could have heard nobody."""
+        for member in self:
+            member.heard_s = member.asked_s = now_s
+
     def lost(self, now_s: float) -> list[Member]:
         """Return the members that were silent for too long; they are members no more."""
         gone = [m for m in self if now_s - m.heard_s >= self._lost_after_s]

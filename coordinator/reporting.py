@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -77,7 +77,7 @@ class Reporter:
         self._began_s = clock.monotonic_s() - tallies.seconds
         self._round_began_s = clock.monotonic_s()
         self._bytes_before = (tallies.bytes_up, tallies.bytes_down)
-        self._step_loss = _Mean()
+        self._step_losses: dict[DeviceId, _Mean] = {}
         self._round_loss = _Mean()
         self._evaluations: dict[DeviceId, EvaluationResult] = {}
         self._bar: tqdm[None] | None = None
@@ -88,6 +88,7 @@ class Reporter:
         """Note who takes part."""
         self._round_began_s = self._clock.monotonic_s()
         self._round_loss = _Mean()
+        self._step_losses.clear()
         self._evaluations.clear()
         for device, plan in plans.items():
             summary = DeviceSummary(
@@ -105,26 +106,35 @@ class Reporter:
         if number <= of:
             logger.info("round %d of %d starts with %s", number, of, ", ".join(sorted(plans)))
 
-    def micro_batch(self, loss_sum: float, target_tokens: int) -> None:
-        """Add one training micro-batch to its step's loss."""
-        self._step_loss.add(loss_sum, target_tokens)
+    def micro_batch(self, device: DeviceId, loss_sum: float, target_tokens: int) -> None:
+        """Add one training micro-batch of the open step."""
+        self._step_losses.setdefault(device, _Mean()).add(loss_sum, target_tokens)
 
     def step_closed(
-        self, round_: int, step: int, *, gradient_norm: float, learning_rate: float
+        self,
+        round_: int,
+        step: int,
+        *,
+        devices: Sequence[DeviceId],
+        gradient_norm: float,
+        learning_rate: float,
     ) -> None:
-        """Write the figures of a closed step."""
+        """Write the figures of a closed step, to which ``devices`` contributed."""
         self.tallies.steps = step + 1
-        self._round_loss.add(self._step_loss.nats, self._step_loss.target_tokens)
+        step_loss = _Mean()
+        for mean in (self._step_losses[device] for device in devices):
+            step_loss.add(mean.nats, mean.target_tokens)
+        self._step_losses.clear()
+        self._round_loss.add(step_loss.nats, step_loss.target_tokens)
         values = {
-            "train/loss": self._step_loss.value,
-            "train/target_tokens": float(self._step_loss.target_tokens),
+            "train/loss": step_loss.value,
+            "train/target_tokens": float(step_loss.target_tokens),
             "train/server_gradient_norm": gradient_norm,
             "train/learning_rate": learning_rate,
             **self._traffic(),
         }
         self._writer.write(values, round_=round_, step=step + 1)
-        self._advance(step + 1, self._step_loss.value)
-        self._step_loss = _Mean()
+        self._advance(step + 1, step_loss.value)
 
     def evaluated(self, device: DeviceId, result: EvaluationResult) -> None:
         """Take one device's held-out loss."""

@@ -123,7 +123,7 @@ class RoundDriver:
             return done
         self._members.answer(done.member, done.reply)
         if done.event is not None:
-            self._reporter.micro_batch(done.loss_sum, done.event.target_tokens)
+            self._reporter.micro_batch(done.event.device, done.loss_sum, done.event.target_tokens)
             self._advance(done.event)
         return True
 
@@ -158,7 +158,11 @@ class RoundDriver:
             norm = float("nan")
         rate = learning_rate(self._optimizer, close.step, total_steps=self._total_steps)
         self._reporter.step_closed(
-            self.round.number, close.step, gradient_norm=norm, learning_rate=rate
+            self.round.number,
+            close.step,
+            devices=close.devices,
+            gradient_norm=norm,
+            learning_rate=rate,
         )
 
     def aggregate(self) -> Aggregated:

@@ -66,8 +66,9 @@ class DeviceRules(Section):
     """How many devices a run takes, and how long it waits for them.
 
     The first round starts once ``min`` devices are ready and either ``expected`` are (None: no
-    more than ``min``) or ``wait_s`` passed since; who comes later joins the next round. Fewer than ``min`` within ``join_timeout_s`` end the run. A device
-    that was not heard for ``lost_after_s`` is lost; a step is closed after ``step_timeout_s``.
+    more than ``min``) or ``wait_s`` passed since; who comes later joins the next round. Fewer
+    than ``min`` for ``join_timeout_s`` end the run. A device not heard for ``lost_after_s`` is
+    lost; one that a round waits for and that asks nothing for ``step_timeout_s`` is left out.
     """
 
     min: PositiveInt = 1

@@ -14,10 +14,16 @@ def from_wire(adapters: Iterable[AdapterTensors]) -> AdapterState:
     """Return the trainable pairs that a device delivered.
 
     Raises:
-        NumericsError: A and B of a module do not belong together.
+        NumericsError: A and B of a module do not belong together, are not float32, or a module
+            is named twice.
     """
     pairs: dict[str, LoraPair] = {}
     for adapter in adapters:
+        if adapter.module in pairs or {adapter.a.dtype, adapter.b.dtype} != {"float32"}:
+            raise NumericsError(
+                f"{adapter.module}: one pair in float32 is expected, got {adapter.a.dtype} and "
+                f"{adapter.b.dtype}{', again' if adapter.module in pairs else ''}"
+            )
         try:
             pairs[adapter.module] = LoraPair(unpack(adapter.a), unpack(adapter.b), adapter.scaling)
         except ValueError as error:

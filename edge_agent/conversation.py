@@ -116,7 +116,8 @@ class Conversation:
         self.renew()
 
     def renew(self) -> None:
-        """Begin a new session: earlier calls are void."""
+        """Begin a new session: earlier calls are void, and it is not in before `enter`."""
+        self.is_in = False
         self._calls = OpenCalls(SessionId(f"{self._instance}{self._lives:08x}"))
         self._answers: dict[int, Answer] = {}
         self._lives += 1
@@ -127,8 +128,9 @@ class Conversation:
         return self._calls.session
 
     def enter(self, run_id: RunId) -> None:
-        """Send tensors on the topics of this run from now on."""
+        """Be in: send heartbeats, and tensors on the topics of this run, from now on."""
         self._run_id = run_id
+        self.is_in = True
 
     # --- for scripts --------------------------------------------------------------------------
 
@@ -176,7 +178,7 @@ class Conversation:
         now = self._clock.monotonic_s()
         if now >= self._next_heartbeat_s:
             self._next_heartbeat_s = now + HEARTBEAT_S
-            self._send_heartbeat(self._overdue(now))
+            self._be_alive(self._overdue(now))
         return event is not None
 
     @property
@@ -221,7 +223,12 @@ class Conversation:
             return ()
         return self._calls.overdue(now_s, after_s=REPEAT_AFTER_S)
 
-    def _send_heartbeat(self, awaiting: tuple[int, ...]) -> None:
+    def _be_alive(self, awaiting: tuple[int, ...]) -> None:
+        # Before the welcome a heartbeat may overtake the request to join. The coordinator would
+        # then say "join again", and that, were it late, would take us out of the midst of a round.
+        if not self.is_in:
+            self._resend(awaiting)
+            return
         topic = device_topic(self.device_id, "telemetry")
         self._link.send_now(topic, Heartbeat(session=self.session, awaiting=awaiting))
 
@@ -258,7 +265,7 @@ class Conversation:
         for number in numbers:
             found = self._calls.find(number)
             if found is not None and not self._link.sending_to(self.device_id):
-                logger.info("repeating call %d, which the coordinator never got", number)
+                logger.info("repeating call %d, which is without an answer", number)
                 self._ask(*found)
 
 
@@ -284,6 +291,8 @@ class Pulse:
     def _run(self) -> None:
         topic = device_topic(self._conversation.device_id, "telemetry")
         while not self._stop.wait(HEARTBEAT_S):
+            if not self._conversation.is_in:
+                continue
             try:
                 self._link.send_now(topic, Heartbeat(session=self._conversation.session))
             except HsplitError as error:

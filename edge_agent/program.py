@@ -24,7 +24,6 @@ from shared.transport.mqtt import MqttTransport
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 30.0
 IDLE_WAIT_S = 0.5
 FAILED_RUN = 1
 
@@ -87,7 +86,7 @@ def _connected(
     link = MessageLink(transport, clock)
     link.admit(settings.device_id)
     stack.callback(link.close)
-    link.start(agent_filters(settings.device_id), timeout_s=CONNECT_TIMEOUT_S)
+    link.start(agent_filters(settings.device_id), timeout_s=settings.broker.connect_timeout_s)
     return link
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -75,7 +75,8 @@ class BrokerSettings(Section):
     ``url`` is ``mqtt://host[:port]`` or, with TLS, ``mqtts://host[:port]``. A password comes
     from ``password_file`` or from ``HSPLIT_BROKER__PASSWORD``; no flag takes one, because
     other users of the machine can read flags. ``ca_file`` replaces the system's certificate
-    authorities; ``cert_file`` and ``key_file`` are this program's own certificate.
+    authorities; ``cert_file`` and ``key_file`` are this program's own certificate. At the
+    start the broker is tried for ``connect_timeout_s``, for it may come up after us.
     """
 
     url: str
@@ -86,6 +87,7 @@ class BrokerSettings(Section):
     cert_file: UserPath | None = None
     key_file: UserPath | None = None
     keepalive_s: Annotated[int, Ge(1), Le(65_535)] = 10
+    connect_timeout_s: Annotated[float, Gt(0), Le(86_400)] = 30.0
     protocol: Literal["5", "3.1.1", "auto"] = "auto"
 
     @property

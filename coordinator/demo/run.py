@@ -122,10 +122,14 @@ def table(summary: Summary, run_folder: Path) -> str:
             "",
             *rows,
             "",
-            f"held-out perplexity {summary.perplexity_before:.1f} -> "
-            f"{summary.perplexity_after:.2f} in {summary.steps} steps, {summary.seconds:.0f} s",
-            f"over the broker: {summary.bytes_up / 1e6:.1f} MB up, "
-            f"{summary.bytes_down / 1e6:.1f} MB down",
+            (
+                f"held-out perplexity {summary.perplexity_before:.1f} -> "
+                f"{summary.perplexity_after:.2f} in {summary.steps} steps, {summary.seconds:.0f} s"
+            ),
+            (
+                f"over the broker: {summary.bytes_up / 1e6:.1f} MB up, "
+                f"{summary.bytes_down / 1e6:.1f} MB down"
+            ),
             f"adapter: {run_folder / program.ADAPTER}   (PeftModel.from_pretrained opens it)",
         )
     )

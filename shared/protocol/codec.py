@@ -27,8 +27,6 @@ MAJOR = 1
 MINOR = 0
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 16 * 1024 * 1024
-MAX_ITEMS = 65_536
-"""Of one list or map; msgpack allocates what a list announces before it has seen its items."""
 MAX_REFERENCE_BYTES = 128
 MAX_REASON_CHARACTERS = 500
 """A refusal quotes what it refuses, and must itself fit into a message."""
@@ -72,12 +70,9 @@ def decode(payload: bytes | bytearray | memoryview) -> Message:
     view = memoryview(payload).cast("B")
     header, body = _split(view)
     try:
+        _check_complete(header)
         plain = msgpack.unpackb(
-            header,
-            ext_hook=lambda code, data: _tensor(code, data, body),
-            strict_map_key=True,
-            max_array_len=MAX_ITEMS,
-            max_map_len=MAX_ITEMS,
+            header, ext_hook=lambda code, data: _tensor(code, data, body), strict_map_key=True
         )
         return _ADAPTER.validate_python(plain)
     except ValidationError as error:
@@ -103,6 +98,13 @@ def _split(view: memoryview) -> tuple[memoryview, memoryview]:
     if length > MAX_HEADER_BYTES or end > len(view):
         raise CodecError(f"message header of {length} bytes in {len(view)}")
     return view[_PREFIX.size : end], view[_padded(end) :]
+
+
+def _check_complete(header: memoryview) -> None:
+    """Raise unless all that lists and maps announce is there: msgpack allocates for it first."""
+    unpacker = msgpack.Unpacker(read_size=1024, max_buffer_size=MAX_HEADER_BYTES)
+    unpacker.feed(header)
+    unpacker.skip()
 
 
 def _tensor(code: int, data: bytes, body: memoryview) -> TensorFrame:

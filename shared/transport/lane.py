@@ -288,7 +288,9 @@ class Lane:
     def _on_message(
         self, _client: paho.Client, _userdata: object, message: paho.MQTTMessage
     ) -> None:
-        self._inbox.offer(Delivery(message.topic, message.payload))
+        # amqtt hands every client that connects what is retained for the others' subscriptions.
+        if any(paho.topic_matches_sub(one.pattern, message.topic) for one in self._filters):
+            self._inbox.offer(Delivery(message.topic, message.payload))
 
     @_never_raises
     def _on_connect_fail(self, _client: paho.Client, _userdata: object) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 512 * 1024 * 1024
 STRANGER_BYTES = 256 * 1024
 """What a device may send before `admit`: enough to join, too little to fill the memory."""
+STALLED_S = 30.0
+"""A transfer that got no credit for so long is given up: chunks or credits of it were lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,15 @@ class Unreadable:
     version_mismatch: bool
 
 
+@dataclass(slots=True, eq=False)
+class _Sending:
+    """A transfer that waits for credit; ``moved_s``: when it last got some."""
+
+    topic: Topic
+    outgoing: chunking.Outgoing
+    moved_s: float
+
+
 LinkEvent: TypeAlias = Received | StatusSeen | Unreadable | LinkUp | LinkDown
 
 
@@ -76,7 +87,7 @@ class MessageLink:
         self._admitted: set[DeviceId] = set()
         # A restart must not repeat the numbers of its last life, which receivers remember.
         self._transfers = itertools.count(secrets.randbits(31) << 32)
-        self._outgoing: dict[DeviceId, deque[tuple[Topic, chunking.Outgoing]]] = {}
+        self._outgoing: dict[DeviceId, list[_Sending]] = {}
         self._joiners: dict[DeviceId, chunking.Joiner] = {}
         self.bytes_received: Counter[DeviceId] = Counter()
         self.bytes_sent: Counter[DeviceId] = Counter()
@@ -97,7 +108,8 @@ class MessageLink:
             return
         address = parse(topic.name)
         assert address is not None  # only device topics carry messages
-        self._outgoing.setdefault(address.device, deque()).append((topic, outgoing))
+        sending = _Sending(topic, outgoing, self._clock.monotonic_s())
+        self._outgoing.setdefault(address.device, []).append(sending)
 
     def send_now(self, topic: Topic, message: Message) -> None:
         """Send one small message at once, from any thread."""
@@ -124,8 +136,15 @@ class MessageLink:
         return joiner is not None and joiner.busy(self._clock.monotonic_s(), within_s=within_s)
 
     def sending_to(self, device: DeviceId) -> bool:
-        """Tell whether a transfer to this device still waits for credit."""
-        return bool(self._outgoing.get(device))
+        """Tell whether a transfer to (or from here as) this device still waits for credit.
+
+        One that waits in vain is given up: credit that was lost never comes, and whoever waits
+        for this transfer to end would wait forever.
+        """
+        now = self._clock.monotonic_s()
+        waiting = self._outgoing.get(device, [])
+        waiting[:] = [one for one in waiting if now - one.moved_s < STALLED_S]
+        return bool(waiting)
 
     def admit(self, device: DeviceId) -> None:
         """Let messages of up to ``max_message_bytes`` come from, or for, this device."""
@@ -183,12 +202,13 @@ class MessageLink:
         return None if result is None else codec.decode(result.payload)
 
     def _credit(self, device: DeviceId, credit: Credit) -> None:
-        waiting = self._outgoing.get(device, deque())
-        for topic, outgoing in list(waiting):
-            if outgoing.transfer == credit.transfer:
-                outgoing.grant(credit.chunks)
-                if self._publish(topic, outgoing):
-                    waiting.remove((topic, outgoing))
+        waiting = self._outgoing.get(device, [])
+        for one in list(waiting):
+            if one.outgoing.transfer == credit.transfer:
+                one.moved_s = self._clock.monotonic_s()
+                one.outgoing.grant(credit.chunks)
+                if self._publish(one.topic, one.outgoing):
+                    waiting.remove(one)
 
 
 def _credit_topic(received_on: Address) -> Topic:

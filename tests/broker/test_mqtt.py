@@ -82,6 +82,17 @@ def test_a_birth_is_kept_for_those_who_come_later_and_a_goodbye_replaces_it(
     await_payload(connect(broker.url, STATUSES), b"offline")
 
 
+def test_a_client_gets_only_what_it_subscribed_to(
+    broker: ANY_KIND_OF_BROKER, connect: Connect
+) -> None:
+    connect(broker.url, STATUSES)
+    connect(broker.url, will=WILL)
+    other = connect(broker.url, DATA)
+    other.publish(ACTIVATIONS, b"in")
+    assert payload(other) == b"in"
+    assert other.receive(0) is None
+
+
 def test_the_will_is_published_when_a_process_is_killed(
     broker: ANY_KIND_OF_BROKER, connect: Connect
 ) -> None:

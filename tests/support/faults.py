@@ -51,6 +51,21 @@ class RandomFaults:
 
 
 @dataclass
+class Latency:
+    """Let every parcel be ``latency_s`` on its way, so that time passes; more where it goes wrong.
+
+    Without it a run without losses takes no time at all, and nothing late could come into it.
+    """
+
+    otherwise: Faults = field(default_factory=NoFaults)
+    latency_s: float = 0.1
+
+    def delays_s(self, parcel: Parcel) -> Sequence[float]:
+        """Add the latency to every copy."""
+        return tuple(self.latency_s + more for more in self.otherwise.delays_s(parcel))
+
+
+@dataclass
 class Rule:
     """Give the ``nth`` parcel (from 1) for which ``when`` holds these delays; () loses it."""
 

@@ -43,10 +43,21 @@ class Process:
         """Send a signal."""
         self.popen.send_signal(signal_)
 
+    def memory_bytes(self, field_: str) -> int:
+        """Return a figure of ``/proc/<pid>/status`` (``RssAnon``, say); 0 once it has ended."""
+        with contextlib.suppress(OSError, ValueError):
+            text = Path(f"/proc/{self.popen.pid}/status").read_text()
+            line = next((line for line in text.splitlines() if line.startswith(field_ + ":")), "")
+            return int(line.split()[1]) * 1024 if line else 0
+        return 0
+
 
 @dataclass
 class System:
-    """A run folder's worth of processes. Use it as a context manager: it leaves none behind."""
+    """A run folder's worth of processes. Use it as a context manager: it leaves none behind.
+
+    ``settings`` of the coordinator may hold a ``broker`` of their own, or None for the embedded.
+    """
 
     folder: Path
     broker_url: str
@@ -64,21 +75,25 @@ class System:
             process.popen.wait(timeout=30)
 
     @property
+    def run_file(self) -> Path:
+        """The settings of the coordinator's run."""
+        return self.folder / "run.yaml"
+
+    @property
     def run_folder(self) -> Path:
         """The folder of the coordinator's run."""
         return self.folder / "runs" / "test"
 
     def coordinator(self, settings: Mapping[str, Any], *flags: str, number: int = 0) -> Process:
         """Start ``hsplit-coordinator run`` with these settings."""
-        file = self.folder / "run.yaml"
         whole = {
             "run": {"id": "test", "folder": str(self.folder / "runs")},
             "broker": {"url": self.broker_url},
             **settings,
         }
-        file.write_text(yaml.safe_dump(whole))
+        self.run_file.write_text(yaml.safe_dump(whole))
         return self.start(
-            f"coordinator{number or ''}", ["coordinator.cli", "run", str(file), *flags]
+            f"coordinator{number or ''}", ["coordinator.cli", "run", str(self.run_file), *flags]
         )
 
     def agent(self, device: str, data: Path, *flags: str, name: str | None = None) -> Process:
