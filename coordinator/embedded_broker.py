@@ -14,6 +14,7 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -128,13 +129,18 @@ class EmbeddedBroker:
             if time.monotonic() > deadline:
                 raise self._failed(f"did not answer within {START_TIMEOUT_S:g} s")
 
+    def printed(self) -> str:
+        """Return what the child has printed since its start: nothing, if all is well."""
+        if self._output is None or self._output.closed:
+            return ""
+        # Not read(): the child writes at the same file position, which that would move.
+        size = os.fstat(self._output.fileno()).st_size
+        return os.pread(self._output.fileno(), size, 0).decode(errors="replace").strip()
+
     def _failed(self, what: str) -> BrokerUnreachableError:
-        words = ""
-        if self._output is not None:
-            self._output.seek(0)
-            words = self._output.read()[-2000:].decode(errors="replace").strip()
+        words = self.printed()[-2000:] or "it printed nothing"
         return BrokerUnreachableError(
-            f"the embedded {self.kind} at {self.host}:{self.port} {what}: {words or 'no output'}"
+            f"the embedded {self.kind} at {self.host}:{self.port} {what}: {words}"
         )
 
 

@@ -5,8 +5,10 @@ Shape suffixes: I input features, O output features, R rank.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +71,8 @@ def export_merged(adapter: Path, base: str, folder: Path, *, revision: str | Non
     """
     config = _base_config(base, revision)
     plain = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()
+    with _without_their_quarrel():
+        merged = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()
     merged = merged.to(config.dtype or torch.float32)
     with replacing(folder) as fresh:
         merged.save_pretrained(fresh)
@@ -131,7 +134,7 @@ def _check_with_peft(
     tensors: Mapping[str, torch.Tensor], *, lora: LoraConfig, model_config: PretrainedConfig
 ) -> None:
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _without_their_quarrel():
             plain: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
             skeleton = get_peft_model(plain, lora)
     except ValueError as error:
@@ -144,6 +147,14 @@ def _check_with_peft(
             f"the base model does not take this adapter: {wrong[0]} is {ours.get(wrong[0])} here "
             f"and {expected.get(wrong[0])} there; was it trained on another model?"
         )
+
+
+@contextlib.contextmanager
+def _without_their_quarrel() -> Iterator[None]:
+    """Hide that PEFT 0.21 asks transformers 5.23 by a name that is going away: not ours to mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 def _base_config(base: str, revision: str | None) -> PretrainedConfig:

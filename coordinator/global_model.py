@@ -17,6 +17,7 @@ from coordinator.aggregation import (
     Contribution,
     GlobalUpdate,
     aggregate,
+    block_of,
     initial,
 )
 from coordinator.checkpoints import Checkpoint
@@ -122,6 +123,8 @@ class GlobalModel:
             splits = [split for split in splits if split < blocks]
         if self.trainer is not None:
             splits.append(self.trainer.first_block)
+        elif self._resumed is not None:  # what the server had it must be able to take back
+            splits += [block_of(module) for module in self._resumed.held]
         return min(splits, default=None)
 
     def _provide_trainer(self, first_block: int) -> None:

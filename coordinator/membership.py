@@ -129,8 +129,9 @@ class Membership:
         if member is None:
             self._link.send(device_topic(device, "commands"), Rejoin(session=session))
         else:
-            member.asked_s = self._clock.monotonic_s()
-            self.registry.heard(device, session, member.asked_s)
+            # That does not decide against another agent with this id: it may have been on its way
+            # since before this one died. A heartbeat does.
+            member.heard_s = member.asked_s = self._clock.monotonic_s()
         return member
 
     # --- what goes out ------------------------------------------------------------------------
@@ -185,7 +186,7 @@ class Membership:
         now = self._clock.monotonic_s()
         if self.registry.find(member.device_id, request.call.session) is None:
             return  # of an earlier life
-        self.registry.heard(member.device_id, member.session, now)
+        member.heard_s = now
         again, _ = member.book.repeat((request.call.number,), now, after_s=REPEAT_AFTER_S)
         for topic, answer in again:
             self._link.send(topic, answer)

@@ -255,7 +255,8 @@ class Conversation:
             self._interrupt = RunOverError(message)
         elif isinstance(message, Refusal) and message.call is None:
             logger.warning("the coordinator could not use a message: %s", message.reason)
-            if message.code == "version":
+            # Once we are in, both sides have understood each other: somebody else wrote that.
+            if message.code == "version" and not self.is_in:
                 self._interrupt = refusal_error(message)
         elif isinstance(message, Answer) and self._calls.answered(message):
             assert message.call is not None  # `answered` looked at it

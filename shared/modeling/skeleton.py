@@ -60,7 +60,11 @@ def materialise(
 
 
 class WeightFiles(Mapping[str, torch.Tensor]):
-    """Several safetensors files as one mapping, read one tensor at a time."""
+    """Several safetensors files as one mapping, read one tensor at a time.
+
+    Each file is mapped into memory once: its tensors are views, read from disk when they are
+    used. (Opened anew for each tensor, the pages between two of them would count twice.)
+    """
 
     def __init__(self, files: Iterable[Path]) -> None:
         """Read the files' headers.
@@ -68,15 +72,15 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         Raises:
             ModelError: a file is missing or is no safetensors file.
         """
-        self._file_of: dict[str, Path] = {}
+        self._file_of: dict[str, Any] = {}
         for file in files:
-            self._file_of.update(dict.fromkeys(_names_in(file), file))
+            opened = _open(file)
+            self._file_of.update(dict.fromkeys(opened.keys(), opened))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Read one tensor."""
-        with safe_open(str(self._file_of[name]), framework="pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(name)
-            return tensor
+        tensor: torch.Tensor = self._file_of[name].get_tensor(name)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of all tensors."""
@@ -87,10 +91,9 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         return len(self._file_of)
 
 
-def _names_in(file: Path) -> list[str]:
+def _open(file: Path) -> Any:
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            return list(opened.keys())
+        return safe_open(str(file), framework="pt")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"weights file {file} cannot be read: {error}") from error
 

@@ -107,7 +107,11 @@ class Mosquitto:
         process = self._process
         wait_until(lambda: process.poll() is not None or listens(self.port), "mosquitto listens")
         if process.poll() is not None:
-            pytest.fail(f"mosquitto ended:\n{self.log.read_text()}")
+            pytest.fail(f"mosquitto ended:\n{self.output()}")
+
+    def output(self) -> str:
+        """Return what it has printed so far."""
+        return self.log.read_text()
 
     def kill(self) -> None:
         """Kill it as a crash would; may be called twice."""
@@ -138,6 +142,10 @@ class Amqtt:
 
     def start(self) -> None:
         self._broker.start()
+
+    def output(self) -> str:
+        """Return what it has printed since its last start."""
+        return self._broker.printed()
 
     def kill(self) -> None:
         self._broker.stop()

@@ -39,24 +39,10 @@ from tests.support.fake_clock import FakeClock
 from tests.support.tiny_models import tiny_model
 from tests.support.vocabularies import byte_level
 
-WORDS = [
-    "the",
-    "red",
-    "fox",
-    "saw",
-    "a",
-    "small",
-    "house",
-    "near",
-    "river",
-    "and",
-    "then",
-    "it",
-    "slept",
-    "under",
-    "old",
-    "tree",
-]
+WORDS = (
+    "the", "red", "fox", "saw", "a", "small", "house", "near", "river", "and", "then", "it",
+    "slept", "under", "old", "tree",
+)  # fmt: skip
 
 
 def write_model(folder: Path, family: str, **changes: Any) -> Path:
@@ -101,17 +87,13 @@ class Device:
 
 @dataclass
 class Simulation:
-    """Builds and drives the system. ``settings``: as in a run file, without ``model``.
-
-    ``model_folder``: a base model written before, instead of a new one of ``family``.
-    """
+    """Builds and drives the system. ``settings``: as in a run file, without ``model``."""
 
     folder: Path
     family: str = "gpt2"
     settings: Mapping[str, Any] = field(default_factory=dict)
     faults: Faults | None = None
     model_changes: Mapping[str, Any] = field(default_factory=dict)
-    model_folder: Path | None = None
     max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
 
     def __post_init__(self) -> None:
@@ -119,7 +101,7 @@ class Simulation:
         self.broker = MemoryBroker(
             self.clock, faults=self.faults, max_payload_bytes=self.max_payload_bytes
         )
-        model = self.model_folder or self.folder / "base"
+        model = self.folder / "base"
         if not model.exists():
             write_model(model, self.family, **self.model_changes)
         self.config = CoordinatorSettings(
@@ -216,6 +198,7 @@ class Simulation:
     def restart_coordinator(self) -> None:
         """Kill the coordinator and start it again from its last checkpoint."""
         self.coordinator_transport.vanish()
+        self.reporter.close()
         found = checkpoints.latest(self.config.run_folder / "checkpoints")
         assert found is not None
         self.coordinator = self._coordinator(found)
@@ -227,8 +210,15 @@ class Simulation:
         limit_s: float = 3600.0,
     ) -> None:
         """Drive everybody until the coordinator and all agents are done (or ``until``)."""
+        try:
+            self._run(self._done if until is None else until, limit_s)
+        finally:
+            if until is None:
+                self.reporter.close()
+
+    def _run(self, until: Callable[[], bool], limit_s: float) -> None:
         deadline = self.clock.monotonic_s() + limit_s
-        while not (until() if until is not None else self._done()):
+        while not until():
             if not self._turn():
                 self.clock.advance_to(max(self._next_due_s(), self.clock.monotonic_s() + 0.01))
             if self.clock.monotonic_s() > deadline:
@@ -236,6 +226,15 @@ class Simulation:
                     f"stuck: coordinator {self.coordinator.phase}, "
                     f"agents {[(n, d.agent.phase) for n, d in self.devices.items()]}"
                 )
+
+    def run_for(self, seconds: float) -> None:
+        """Drive everybody for some time of the fake clock."""
+        end_s = self.clock.monotonic_s() + seconds
+        self.run(until=lambda: self.clock.monotonic_s() >= end_s)
+
+    def run_to(self, phase: str) -> None:
+        """Drive everybody until the coordinator is in this phase: ``round 1, step 0``."""
+        self.run(until=lambda: self.coordinator.phase == phase)
 
     def _turn(self) -> bool:
         did = self.coordinator.turn(0.0)

@@ -133,6 +133,4 @@ def _answer_to_version_9(stranger: noise.Stranger) -> Refusal:
     visitor = DeviceId("visitor")
     stranger.listen(device_topic(visitor, "commands"))
     stranger.publish(device_topic(visitor, "requests"), noise.of_version(9))
-    answer = stranger.wait_for(device_topic(visitor, "commands"), Refusal)
-    assert isinstance(answer, Refusal)
-    return answer
+    return stranger.wait_for(device_topic(visitor, "commands"), Refusal)

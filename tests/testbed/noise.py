@@ -6,6 +6,7 @@ import itertools
 import random
 import threading
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import msgpack
@@ -18,7 +19,9 @@ from shared.protocol.messages import DeviceId, Message, RunId
 from shared.protocol.topics import COORDINATOR_STATUS, Topic, device_topic, run_topic
 from tests.support.brokers import wait_until
 
-PAUSE_S = 0.05
+T = TypeVar("T")
+
+PAUSE_S = 0.02
 
 
 class Stranger:
@@ -33,6 +36,7 @@ class Stranger:
         self._client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
         self._client.on_message = self._on_message
         self._arrived: list[tuple[str, bytes]] = []
+        self._replies: dict[str, tuple[Topic, bytes]] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._client.connect(parts.hostname or "", parts.port or 1883)
@@ -60,18 +64,20 @@ class Stranger:
         """Publish and wait until the broker has it."""
         self._client.publish(topic.name, payload, qos=1, retain=topic.retain).wait_for_publish(10)
 
-    def wait_for(self, topic: Topic, kind: type[Message] | None = None) -> Message | None:
-        """Return the first message on ``topic`` (of type ``kind``); without a kind, any bytes."""
+    def wait_for(self, topic: Topic, kind: type[T]) -> T:
+        """Return the first message of type ``kind`` that comes on ``topic``."""
 
-        def found() -> Message | None | bool:
-            payloads = [payload for name, payload in self._arrived if name == topic.name]
-            if kind is None:
-                return bool(payloads)
-            return next((m for m in map(_message, payloads) if isinstance(m, kind)), False)
+        def found() -> list[T]:
+            messages = [_message(payload) for name, payload in self._arrived if name == topic.name]
+            return [message for message in messages if isinstance(message, kind)]
 
-        wait_until(lambda: found() is not False, f"a message on {topic.name}", timeout_s=30)
-        result = found()
-        return None if isinstance(result, bool) else result
+        wait_until(lambda: bool(found()), f"a {kind.__name__} on {topic.name}", timeout_s=30)
+        return found()[0]
+
+    def answer(self, asked: Topic, told: Topic, payload: bytes) -> None:
+        """Publish ``payload`` on ``told`` whenever something comes on ``asked``."""
+        self._replies[asked.name] = (told, payload)
+        self.listen(asked)
 
     def pester(self, topics: Sequence[Topic]) -> None:
         """Publish garbage on all ``topics`` from now on."""
@@ -88,6 +94,9 @@ class Stranger:
 
     def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
         self._arrived.append((message.topic, message.payload))
+        if message.topic in self._replies:
+            told, payload = self._replies[message.topic]
+            self._client.publish(told.name, payload, qos=1)
 
 
 def _message(payload: bytes) -> Message | None:
@@ -114,7 +123,7 @@ def all_topics(devices: Sequence[str], run: str) -> list[Topic]:
 def garbage() -> Iterator[bytes]:
     """Yield, without end, what no receiver may choke on."""
     random_ = random.Random(0)
-    whole = next(chunking.cut(b"hs" + bytes(300), transfer=7, size=2048))
+    whole = next(chunking.cut(b"hs\x01\x00" + bytes(300), transfer=7, size=2048))
     fixed = (
         b"",
         b"\0",

@@ -28,7 +28,7 @@ class Process:
     popen: subprocess.Popen[bytes]
     log: Path
 
-    def wait(self, timeout_s: float = 60.0) -> int:
+    def wait(self, timeout_s: float = 90.0) -> int:
         """Return the exit code."""
         try:
             return self.popen.wait(timeout=timeout_s)
@@ -119,13 +119,13 @@ class System:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=ROOT,
-                env={**os.environ, **self.environment},
+                env={**os.environ, "XDG_CACHE_HOME": str(self.folder / "home"), **self.environment},
             )
         process = Process(name, popen, log)
         self.processes.append(process)
         return process
 
-    def wait_for_line(self, process: Process, text: str, *, timeout_s: float = 60.0) -> None:
+    def wait_for_line(self, process: Process, text: str, *, timeout_s: float = 90.0) -> None:
         """Wait until a process has written ``text``."""
 
         def written() -> bool:

@@ -27,6 +27,7 @@ from tests.testbed.system import System
 pytestmark = [
     pytest.mark.broker,
     pytest.mark.slow,
+    pytest.mark.timeout(300),  # the first test of a run waits for all of it
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
 

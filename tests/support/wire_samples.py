@@ -1,0 +1,182 @@
+"""One message of each type, the same for ever: protocol 1.0 as stored in ``tests/protocol``.
+
+``python -m tests.support.wire_samples`` writes the payloads of the current version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.protocol import chunking, codec
+from shared.protocol.messages import (
+    Accepted,
+    ActivationGradients,
+    Activations,
+    AdapterTensors,
+    Assignment,
+    Call,
+    Credit,
+    DeviceProfile,
+    EvaluatedLoss,
+    EvaluationResult,
+    Finished,
+    Heartbeat,
+    Hidden,
+    HiddenGradients,
+    JoinRequest,
+    Leave,
+    ModelDescription,
+    Piece,
+    PieceBytes,
+    PieceRequest,
+    Prepared,
+    Ready,
+    Refusal,
+    Rejoin,
+    Resend,
+    RoundResult,
+    RoundStart,
+    RunId,
+    SessionId,
+    Welcome,
+)
+from shared.protocol.tensors import pack
+from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
+
+PAYLOADS = Path(__file__).parents[1] / "protocol" / "payloads"
+
+_SESSION = SessionId("0123456789abcdef")
+_SHA = "9f" * 32
+_MODULE = "transformer.h.0.attn.c_attn"
+_HIDDEN = pack(np.array([[0.5, -1.0], [2.0, 0.25], [-0.125, 4.0]], np.float32), "bfloat16")
+_ADAPTER = AdapterTensors(
+    module=_MODULE,
+    a=pack(np.array([[1.0, -2.0]], np.float32)),
+    b=pack(np.array([[0.5], [0.25], [-4.0]], np.float32)),
+    scaling=2.0,
+    frozen_a=pack(np.array([[3.0, 0.0]], np.float32)),
+    frozen_b=pack(np.array([[1.0], [0.0], [-1.0]], np.float32)),
+)
+
+
+def _call(number: int) -> Call:
+    return Call(session=_SESSION, number=number, answered_below=max(0, number - 1))
+
+
+_ALL: tuple[Any, ...] = (
+    JoinRequest(
+        call=_call(0),
+        profile=DeviceProfile(
+            backend="torch",
+            hsplit_version="0.1.0",
+            machine="Jetson Orin Nano",
+            accelerator="Orin",
+            memory_limit_bytes=8 * 2**30,
+            sequences=1200,
+            evaluation_sequences=60,
+        ),
+    ),
+    PieceRequest(call=_call(1), sha256=_SHA, offset=1 << 20, length=4),
+    Ready(call=_call(2)),
+    Prepared(call=_call(3), plan_version=2),
+    Activations(
+        call=_call(4),
+        purpose="train",
+        round=1,
+        step=7,
+        micro_batch=0,
+        micro_batches=2,
+        target_tokens=2,
+        lengths=(2, 1),
+        hidden=_HIDDEN,
+        labels=pack(np.array([5, -100, 9], np.int32)),
+    ),
+    HiddenGradients(call=_call(5), round=1, step=7, micro_batch=0, loss_sum=12.5, gradient=_HIDDEN),
+    EvaluationResult(call=_call(6), round=2, loss_sum=310.5, target_tokens=99, sequences=60),
+    RoundResult(
+        call=_call(7),
+        round=1,
+        adapters=(_ADAPTER,),
+        loss_sum=1234.5,
+        target_tokens=400,
+        steps=20,
+        busy_s=3.25,
+    ),
+    Heartbeat(session=_SESSION, awaiting=(3, 5)),
+    Leave(session=_SESSION, reason="stopped by SIGTERM"),
+    Welcome(
+        call=_call(0),
+        run_id=RunId("20260131-gpt2"),
+        model=ModelDescription(
+            name="gpt2",
+            config_json='{"model_type": "gpt2"}',
+            pieces=(
+                Piece(name="tokenizer", sha256=_SHA, size_bytes=2048),
+                Piece(name="block.11", sha256="0a" * 32, size_bytes=28_351_488),
+            ),
+            chat_template="{{ messages }}",
+            eos_token_id=50_256,
+            special_tokens={"eos_token": "<|endoftext|>"},
+        ),
+        training=TrainingTerms(labels="server", max_length=256, seed=3, total_steps=100),
+        lora=LoraTerms(r=4, rank_pattern={"c_attn": 16}, alpha_pattern={"c_fc": 8.0}),
+        optimizer=OptimizerTerms(learning_rate=1e-3, warmup_steps=10, schedule="cosine"),
+    ),
+    Refusal(call=_call(4), code="stale", reason="step 6 was closed without this micro-batch"),
+    PieceBytes(
+        call=_call(1), sha256=_SHA, offset=1 << 20, data=pack(np.array([0, 7, 255, 1], np.uint8))
+    ),
+    Assignment(
+        call=_call(2),
+        plan_version=2,
+        split_layer=3,
+        ranks={_MODULE: 4},
+        batch=8,
+        micro_batch=4,
+        in_flight=2,
+    ),
+    RoundStart(
+        call=_call(3),
+        round=2,
+        first_step=20,
+        steps=20,
+        evaluate=True,
+        adapters=(_ADAPTER,),
+        fold=True,
+        folded_round=1,
+    ),
+    Hidden(call=_call(4), hidden=_HIDDEN),
+    ActivationGradients(call=_call(5), gradient=_HIDDEN, loss_sum=12.5),
+    EvaluatedLoss(call=_call(6), loss_sum=310.5),
+    Accepted(call=_call(6)),
+    Finished(call=_call(7), reason="the run is complete"),
+    Resend(session=_SESSION, numbers=(3, 4)),
+    Rejoin(session=_SESSION),
+    Credit(transfer=(1 << 32) + 5, chunks=12),
+)
+
+SAMPLES: Mapping[str, Any] = {message.type: message for message in _ALL}
+
+
+def stored(version: str, name: str) -> Path:
+    """Return where one payload of one protocol version lies."""
+    return PAYLOADS / version / f"{name}.bin"
+
+
+def write_payloads() -> None:
+    """Write every sample as the current version encodes it, and one as a chunk."""
+    version = f"{codec.MAJOR}.{codec.MINOR}"
+    stored(version, "chunk").parent.mkdir(parents=True, exist_ok=True)
+    for name, message in SAMPLES.items():
+        stored(version, name).write_bytes(codec.encode(message))
+    payload = codec.encode(SAMPLES["ready"])
+    (chunk,) = chunking.cut(payload, transfer=77, size=chunking.CHUNK_BYTES)
+    stored(version, "chunk").write_bytes(chunk)
+
+
+if __name__ == "__main__":
+    write_payloads()
