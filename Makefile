@@ -71,7 +71,8 @@ check: install ## Format, lint, types, import contracts, spelling, compose files
 .PHONY: check-docker
 check-docker:
 	@if docker compose version >/dev/null 2>&1; then \
-		for file in docker/compose*.yaml; do docker compose -f "$$file" config --quiet; done; \
+		for file in docker/compose*.yaml; do \
+			HSPLIT_MODEL=/model HSPLIT_DATA=/data docker compose -f "$$file" config --quiet; done; \
 	else echo "NOTE: no docker compose here, so docker/compose*.yaml were not checked"; fi
 	@if command -v hadolint >/dev/null; then hadolint docker/*.Dockerfile; \
 	else echo "NOTE: no hadolint here, so docker/*.Dockerfile were not checked"; fi
@@ -83,8 +84,8 @@ test: install mosquitto ## All tests; the agent and shared on Python 3.10 too, w
 	else echo "NOTE: no Python 3.10 here, so the agent was not tested on it"; fi
 
 # The agent's own environment: no torch, no transformers. Tests that import them (directly, or by
-# what tests/support/tiny_models.py builds) belong to the run above.
-HEAVY := ^ *(import|from) +(torch|transformers|peft|amqtt|coordinator|shared\.modeling|tests\.support\.tiny_models)
+# what tests/support/tiny_models.py or simulation.py builds) belong to the run above.
+HEAVY := ^ *(import|from) +(torch|transformers|peft|amqtt|coordinator|shared\.modeling|tests\.support\.(tiny_models|simulation))
 LIGHT_TESTS = $(shell grep -LE '$(HEAVY)' -r --include='test_*.py' tests/unit/*.py tests/unit/shared tests/unit/edge_agent tests/property tests/protocol 2>/dev/null)
 
 .PHONY: test-310

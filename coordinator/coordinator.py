@@ -283,10 +283,7 @@ class Coordinator:
             optimizer=self._settings.optimizer,
             total_steps=self._settings.total_steps,
         )
-        state = self._reporter.state()
-        self._save_checkpoint(
-            self._model.checkpoint(round_=number - 1, step=first_step, state=state)
-        )
+        self._save(round_=number - 1)
         self._reporter.round_started(number, of=count, plans=plans)
         for member in members:
             self._hand_back(member, handed, first_step=first_step, steps=steps)
@@ -334,6 +331,13 @@ class Coordinator:
         else:
             driver.aggregate()
             self._next_round += 1
+            # The next round may have to wait for devices, and this one must outlive that.
+            self._save(round_=driver.round.number)
+
+    def _save(self, *, round_: int) -> None:
+        step = round_ * self._settings.rounds.steps
+        state = self._reporter.state()
+        self._save_checkpoint(self._model.checkpoint(round_=round_, step=step, state=state))
 
     def _finish(self) -> None:
         self.finished = True

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Boundary:
-    """The server's part as a round found it."""
+    """The server's part between two rounds: as a round left it, or as the next one found it."""
 
     held: HeldAdapters
     optimizer: Mapping[str, Any]
@@ -108,6 +108,8 @@ class GlobalModel:
             tolerance=self._settings.aggregation.tolerance,
         )
         self.update, self._deltas = aggregated.update, aggregated.deltas
+        if self.trainer is not None:
+            self._boundary = self._snapshot(self.trainer)
         return aggregated
 
     def void_round(self) -> None:

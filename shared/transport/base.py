@@ -85,6 +85,8 @@ class Transport(Protocol):
     def receive(self, timeout_s: float) -> TransportEvent | None:
         """Return the next event, waiting up to ``timeout_s`` for one; None if none came.
 
+        `Delivery` comes only between a `LinkUp` and the next `LinkDown`.
+
         Raises:
             TransportError: the link failed for good (the broker now refuses us, say).
         """

@@ -74,6 +74,7 @@ class MqttTransport:
         self._protocol: ProtocolName = "3.1.1" if settings.protocol == "3.1.1" else "5"
         self._tls: ssl.SSLContext | None = None
         self._inbox: Inbox[LaneNotice] = Inbox()
+        # What arrived before the link was up: the first lanes deliver while the last connects.
         self._early: deque[TransportEvent] = deque()
         self._lanes: dict[LaneName, Lane] = {}
         self._ready: set[Lane] = set()
@@ -151,19 +152,24 @@ class MqttTransport:
     def receive(self, timeout_s: float) -> TransportEvent | None:
         """Return the next event, waiting up to ``timeout_s`` for one; None if none came.
 
+        `Delivery` comes only between a `LinkUp` and the next `LinkDown`.
+
         Raises:
             TransportError: the link failed for good (the broker now refuses us, say).
         """
-        if self._early:
-            return self._counted(self._early.popleft())
         deadline = time.monotonic() + timeout_s
         while True:
+            if self._is_up and self._early:
+                return self._counted(self._early.popleft())
             item = self._inbox.take(max(0.0, deadline - time.monotonic()))
             if item is None:
                 return None
-            event = item if isinstance(item, Delivery) else self._follow(item)
+            if isinstance(item, Delivery):
+                self._early.append(item)
+                continue
+            event = self._follow(item)
             if event is not None:
-                return self._counted(event)
+                return event
 
     def close(self) -> None:
         """Publish the death notice, disconnect, and stop every thread. May be called twice."""

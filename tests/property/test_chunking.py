@@ -202,6 +202,14 @@ def test_only_a_transfer_larger_than_the_window_costs_credit():
     assert granted(2 * WINDOW_CHUNKS + 1) == [4, 8, 12, 16]
 
 
+def test_repeats_bring_no_credit_and_do_not_keep_a_transfer_alive():
+    receiver = joiner()
+    chunks = list(cut(content(20 * SIZE), transfer=1, size=SIZE))
+    assert [receiver.add(c, 0.0) for c in chunks[:4]] == [None, None, None, Grant(1, 4)]
+    assert [receiver.add(c, 9.0) for c in chunks[:4]] == [None] * 4
+    assert not receiver.busy(9.0, within_s=5.0)
+
+
 def test_an_older_and_lower_word_of_credit_changes_nothing():
     sender = Outgoing(content(40 * SIZE), transfer=1, size=SIZE)
     assert len(list(sender.sendable())) == WINDOW_CHUNKS

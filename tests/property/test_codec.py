@@ -172,7 +172,8 @@ GIGABYTES = {
     "bytes": b"\xc6\xff\xff\xff\xff",
     "extension": b"\xc9\xff\xff\xff\xff\x01",
     "lists in lists": b"\xdd\x00\x03\xff\xff" * 2000,
-    "maps in lists": (b"\x91" + b"\xdf\x00\x03\xff\xff\xa1a") * 400,
+    "lists no longer than the header, in each other": b"\xdc\x0b\xf0" * 1020,
+    "maps in lists": b"\x91\xdf\x00\x03\xff\xff\xa1a" * 400,
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from edge_agent.backends.base import NO_TARGET, TokenBatch
-from shared.adapters import LoraPair
+from shared.adapters import AdapterState, LoraPair
 from shared.terms import LoraTerms, OptimizerTerms
 from tests.support.tiny_models import TinyModel, fresh_adapters
 
@@ -31,19 +31,25 @@ def train_whole(
     lora: LoraTerms,
     optimizer: OptimizerTerms,
     clip_at: int | None = None,
+    start: AdapterState | None = None,
 ) -> Trained:
-    """Train one step per batch with PEFT, starting from `fresh_adapters`, rate falling linearly.
+    """Train one step per batch with PEFT, starting from ``start``, rate falling linearly.
 
-    With ``clip_at`` the adapters below that block and those from it on are clipped apart.
+    ``start``: None for `fresh_adapters`. With ``clip_at`` the adapters below that block and
+    those from it on are clipped apart.
     """
     peft_model = _peft_model(model, lora)
-    parameters = _copy_in(peft_model, model, lora)
+    if start is None:
+        blocks = range(model.architecture.block_count)
+        fresh = fresh_adapters(model.architecture, lora, blocks=blocks)
+        start = {name: adapter.trainable for name, adapter in fresh.items()}
+    parameters = _copy_in(peft_model, start)
     chosen = _torch_optimizer([p for pair in parameters.values() for p in pair], optimizer)
     steps = len(batches)
     rates = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: 1 - step / steps)
     losses = []
     for batch in batches:
-        loss = _loss(peft_model, batch)
+        loss = summed_loss(peft_model, batch)
         (loss / batch.target_tokens).backward()
         if clip_at is not None:
             for below in (True, False):
@@ -80,17 +86,15 @@ def _peft_model(model: TinyModel, lora: LoraTerms) -> torch.nn.Module:
 
 
 def _copy_in(
-    peft_model: torch.nn.Module, model: TinyModel, lora: LoraTerms
+    peft_model: torch.nn.Module, start: AdapterState
 ) -> dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]]:
-    blocks = range(model.architecture.block_count)
-    adapters = fresh_adapters(model.architecture, lora, blocks=blocks)
     parameters = {}
-    for name, adapter in adapters.items():
+    for name, pair in start.items():
         module = peft_model.get_submodule(f"base_model.model.{name}")
         a_RI, b_OR = module.lora_A["default"].weight, module.lora_B["default"].weight
-        a_RI.data.copy_(torch.from_numpy(adapter.trainable.a_RI))
-        b_OR.data.copy_(torch.from_numpy(adapter.trainable.b_OR))
-        assert module.scaling["default"] == adapter.trainable.scaling
+        a_RI.data.copy_(torch.from_numpy(pair.a_RI))
+        b_OR.data.copy_(torch.from_numpy(pair.b_OR))
+        assert module.scaling["default"] == pair.scaling
         parameters[name] = (a_RI, b_OR)
     trained = sum(p.requires_grad for p in peft_model.parameters())
     assert trained == 2 * len(parameters), "PEFT adapts other modules than we do"
@@ -120,7 +124,8 @@ def _torch_optimizer(
     )
 
 
-def _loss(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+def summed_loss(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """Return the summed cross entropy of a batch under a whole Hugging Face or PEFT model."""
     shape = (len(batch.lengths), max(batch.lengths))
     input_ids, attention_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
     labels = torch.full(shape, NO_TARGET)

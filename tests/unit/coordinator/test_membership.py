@@ -286,6 +286,7 @@ def test_an_agent_that_joins_again_replaces_itself_at_once():
     (welcome,) = world.join(LATER_LIFE)
     assert isinstance(welcome, Welcome)
     assert world.lost == [first]
+    world.clock.advance(REPEAT_AFTER_S)
     assert world.join(FIRST) == [], "a late repeat of its first request changes nothing"
     assert world.members.registry.find(NANO, LATER_LIFE) is not None
 

@@ -63,6 +63,13 @@ def test_a_step_closes_only_with_all_micro_batches_of_all():
     assert round_.handle(done(ORIN, index=1, of=3, tokens=4)) == (CloseStep(10, (NANO, ORIN), 12),)
 
 
+def test_each_step_may_have_another_number_of_micro_batches():
+    round_ = new_round(exchanging=(NANO,))
+    assert round_.handle(done(NANO)) == (CloseStep(10, (NANO,), 5),)
+    assert round_.handle(done(NANO, 11, of=2)) == ()
+    assert round_.handle(done(NANO, 11, 1, of=2)) == (CloseStep(11, (NANO,), 10),)
+
+
 def test_a_device_lost_mid_step_takes_its_share_of_that_step_along():
     round_ = new_round()
     round_.handle(done(NANO))

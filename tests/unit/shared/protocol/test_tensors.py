@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shared.errors import CodecError, NumericsError
@@ -41,6 +41,11 @@ def test_packing_casts_where_a_dtype_is_asked_for(dtype):
 
 
 @given(st.integers(0, 2**32 - 1))
+@example(0x3F808000)  # half-way, and the one below is even
+@example(0x3F818000)  # half-way, and the one below is odd
+@example(0x7F7FFFFF)  # the largest float32
+@example(0x7F800001)  # a NaN whose upper half is infinity
+@example(0xFFFFFFFF)
 def test_bfloat16_is_the_nearest_one_ties_to_even_and_nan_stays_nan(bits):
     value = np.array([bits], np.uint32).view(np.float32)
     found = unpack(pack(value, "bfloat16"))[0]

@@ -1,0 +1,112 @@
+"""Law 4 in the whole system: after every hand-back all sides compute with base + G again.
+
+Four blocks. Device b adapts no c_fc; device d comes late and holds less than all before it, so
+that the server must take in another block; device c dies and comes back.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+from coordinator import checkpoints
+from coordinator.aggregation import SERVER
+from tests.support.closeness import relative
+from tests.support.outcomes import LINES, USUAL
+from tests.support.simulation import Simulation
+from tests.support.spies import watch_hand_backs
+from tests.support.tiny_models import tiny_model
+from tests.support.vocabularies import byte_level
+
+ROUNDS = 4
+TARGETS = ["c_attn", "c_fc", "attn.c_proj"]
+SETTINGS = {
+    "rounds": {"count": ROUNDS, "steps": 2},
+    "plan": {
+        "batch": 4,
+        "devices": {
+            "a": {"split_layer": 4, "r": 2, "lora_alpha": 8.0},
+            "b": {"split_layer": 2, "r": 4, "rank_pattern": {"c_fc": 0, "1.attn.c_attn": 7}},
+            "c": {"split_layer": 3, "batch": 3},
+            "d": {"split_layer": 1, "r": 6},
+        },
+    },
+    "lora": {"r": 8, "target_modules": TARGETS},
+    "optimizer": {"learning_rate": 2e-2},
+    "devices": USUAL,
+    "checkpoints": {"keep": 99},
+}
+
+
+@pytest.fixture(scope="module", params=[("residual", "device"), ("merge", "server")])
+def run(request, tmp_path_factory):
+    """Hand-backs by round and holder, and G at the beginning of each round."""
+    hand_back, labels = request.param
+    folder = tmp_path_factory.mktemp(f"{hand_back}-{labels}")
+    training = {"max_length": 48, "labels": labels, "wire_dtype": "float32"}
+    sim = Simulation(
+        folder,
+        settings={**SETTINGS, "training": training, "aggregation": {"hand_back": hand_back}},
+        model_changes={"n_layer": 4},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        seen = watch_hand_backs(patch, sim)
+        for device in "abc":
+            sim.add_device(device, lines=LINES)
+        sim.run_to("round 2, step 2")
+        sim.add_device("d", lines=LINES)
+        sim.vanish("c")
+        sim.add_device("c", lines=LINES)
+        sim.run()
+    by_round = defaultdict(dict)
+    for held in seen:
+        by_round[held.round][held.holder] = held
+    saved = folder / "runs" / "sim" / "checkpoints"
+    updates = {n + 1: checkpoints.load(saved / f"round-{n:06d}").update for n in range(ROUNDS + 1)}
+    return hand_back, by_round, updates
+
+
+def base_weights():
+    model = tiny_model("gpt2", vocab_size=byte_level().get_vocab_size(), n_layer=4)
+    names = [m.removesuffix(".weight") for m in model.tensors if ".h." in m and "c_" in m]
+    return {
+        name: model.tensors[f"{name}.weight"].t().double().numpy()
+        for name in names
+        if f"{name}.weight" in model.tensors
+    }
+
+
+def test_every_side_has_the_same_effective_weights_after_every_hand_back(run):
+    _, by_round, updates = run
+    base = base_weights()
+    compared = 0
+    for round_, holders in by_round.items():
+        for held in holders.values():
+            for module, weight in held.weights.items():
+                update = updates[round_].get(module)
+                whole = base[module] if update is None else base[module] + update.total.delta_OI()
+                assert relative(weight, whole) <= 1e-5, (round_, held.holder, module)
+                if update is not None and update.total.rank:
+                    change = relative(weight - base[module], update.total.delta_OI())
+                    assert change <= 1e-4, (round_, held.holder, module)
+                    compared += 1
+    assert compared > 100
+
+
+def test_who_held_what_was_as_varied_as_intended(run):
+    hand_back, by_round, updates = run
+    assert by_round.keys() == set(range(1, ROUNDS + 2))
+    assert by_round[2].keys() == {"a", "b", "c", SERVER}
+    assert by_round[3].keys() == {"a", "b", "c", "d", SERVER}
+    blocks = {n: min(m.split(".")[2] for m in by_round[n][SERVER].weights) for n in (2, 3)}
+    assert blocks == {2: "2", 3: "1"}
+    without = by_round[4]["b"].received["transformer.h.0.mlp.c_fc"]
+    assert without.trainable.rank == 0
+    assert without.frozen is not None
+    late = by_round[3]["d"].received["transformer.h.0.attn.c_attn"]
+    assert late.trainable.rank == 6
+    norm = updates[3]["transformer.h.0.attn.c_attn"].total.norm
+    assert norm > 0.1, "the update must matter for this law to mean anything"
+    if hand_back == "merge":
+        assert not late.trainable.b_OR.any()
