@@ -10,12 +10,13 @@ import logging
 from collections.abc import Callable
 
 from coordinator.checkpoints import Checkpoint
-from coordinator.exchange import Failed
+from coordinator.exchange import ExchangeLimits, Failed
 from coordinator.global_model import GlobalModel
 from coordinator.handback import HandBack
 from coordinator.membership import Membership, StaleRequestError, refusal_code
 from coordinator.model_store import ModelStore
 from coordinator.planner import DevicePlan, plan_device
+from coordinator.presence import Presence
 from coordinator.registry import Member, Stage
 from coordinator.reporting import Reporter
 from coordinator.round_driver import RoundDriver
@@ -44,12 +45,15 @@ from shared.protocol.messages import (
     RoundStart,
 )
 from shared.protocol.tensors import TensorFrame
+from shared.protocol.topics import COORDINATOR_STATUS
 from shared.transport.base import LinkDown, LinkUp
 from shared.transport.link import LinkEvent, MessageLink, Received, StatusSeen, Unreadable
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 1.0
+EVENTS_A_TURN = 1000
+MOST_VOID_ROUNDS = 3
 RUN_COMPLETE = "the run is complete"
 
 
@@ -68,8 +72,9 @@ class Coordinator:
         reporter: Reporter,
         save_checkpoint: Callable[[Checkpoint], None],
         next_round: int = 1,
+        presence: Presence | None = None,
     ) -> None:
-        """Take a started link and the state to go on from."""
+        """Take a started link and the state to go on from; ``presence``: None if unannounced."""
         self._settings = settings
         self._link = link
         self._clock = clock
@@ -79,6 +84,8 @@ class Coordinator:
         self._reporter = reporter
         self._save_checkpoint = save_checkpoint
         self._next_round = next_round
+        self._presence = presence
+        self._void_rounds = 0
         self._driver: RoundDriver | None = None
         self._started = False
         self._link_is_up = True
@@ -121,9 +128,13 @@ class Coordinator:
         """
         did = self._work()
         event = self._link.receive(0.0 if did else timeout_s)
+        handled = 0
         while event is not None:
             did = True
             self._handle(event)
+            handled += 1
+            if handled == EVENTS_A_TURN:
+                return did  # nobody may be declared silent before all that came was heard
             event = self._link.receive(0.0)
         if self._clock.monotonic_s() >= self._next_tick_s:
             self._next_tick_s = self._clock.monotonic_s() + TICK_S
@@ -141,7 +152,7 @@ class Coordinator:
         if isinstance(event, Received):
             self._handle_message(event.address.device, event.message)
         elif isinstance(event, StatusSeen):
-            self.members.handle_status(event)
+            self._handle_status(event)
         elif isinstance(event, Unreadable):
             self.members.handle_unreadable(event)
         elif isinstance(event, LinkDown):
@@ -149,7 +160,16 @@ class Coordinator:
             self._link_is_up = False
         elif isinstance(event, LinkUp):
             self._link_is_up = True
+            self._idle_since_s = self._clock.monotonic_s()
             self.members.registry.excuse(self._clock.monotonic_s())
+
+    def _handle_status(self, event: StatusSeen) -> None:
+        if event.device is not None:
+            self.members.handle_status(event)
+        elif self._presence is not None:
+            again = self._presence.handle(event.payload)
+            if again is not None:
+                self._link.announce(COORDINATOR_STATUS, again)
 
     def _handle_message(self, device: DeviceId, message: Message) -> None:
         if isinstance(message, JoinRequest) or not isinstance(message, Request):
@@ -209,7 +229,7 @@ class Coordinator:
             return
         member.plan = plan_device(
             member.device_id,
-            self._settings.device(member.device_id),
+            self._settings.device_terms(member.device_id),
             architecture=self._architecture,
             training=self._settings.training_terms,
             declared_limit_bytes=member.profile.memory_limit_bytes,
@@ -238,16 +258,16 @@ class Coordinator:
         logger.info("%s is prepared", member.device_id)
 
     def _start_round_if_due(self) -> None:
+        if not self._link_is_up:
+            return
         prepared = [m for m in self.members.registry if m.stage is Stage.PREPARED]
         rules = self._settings.devices
         now = self._clock.monotonic_s()
-        if len(prepared) < rules.min:
+        # The evaluation after the last round takes whoever is there.
+        least = rules.min if self._next_round <= self._settings.rounds.count else 1
+        if len(prepared) < least:
             self._quorum_since_s = None
-            if now - self._idle_since_s > rules.join_timeout_s:
-                raise QuorumError(
-                    f"{len(prepared)} of at least {rules.min} devices were ready within "
-                    f"{rules.join_timeout_s:.0f} s: start more agents, or lower devices.min"
-                )
+            self._check_quorum(len(prepared), least)
             return
         if self._quorum_since_s is None:
             self._quorum_since_s = now
@@ -257,6 +277,23 @@ class Coordinator:
             return
         self._started = True
         self._start_round(prepared)
+
+    def _check_quorum(self, prepared: int, least: int) -> None:
+        """End the run where too few devices are ready for too long, and none is on its way."""
+        now = self._clock.monotonic_s()
+        limit = self._settings.devices.join_timeout_s
+        on_their_way = [m.asked_s for m in self.members.registry if m.stage is Stage.PREPARING]
+        if now - max([self._idle_since_s, *on_their_way]) <= limit:
+            return
+        if self._next_round > self._settings.rounds.count:
+            logger.warning("nobody is left to evaluate the outcome of the last round")
+            self._reporter.not_evaluated()
+            self._finish()
+            return
+        raise QuorumError(
+            f"{prepared} of at least {least} devices were ready within {limit:.0f} s: start more "
+            "agents, or lower devices.min"
+        )
 
     # --- rounds -------------------------------------------------------------------------------
 
@@ -282,8 +319,14 @@ class Coordinator:
             reporter=self._reporter,
             optimizer=self._settings.optimizer,
             total_steps=self._settings.total_steps,
+            limits=ExchangeLimits(
+                open_micro_batches=self._settings.devices.open_micro_batches,
+                evaluate_batch=self._settings.training.evaluate_batch,
+                max_length=self._settings.training.max_length,
+            ),
         )
-        self._save(round_=number - 1)
+        if number == 1:
+            self._save(round_=0)
         self._reporter.round_started(number, of=count, plans=plans)
         for member in members:
             self._hand_back(member, handed, first_step=first_step, steps=steps)
@@ -326,13 +369,23 @@ class Coordinator:
         if driver.round.number > self._settings.rounds.count:
             self._finish()
         elif not driver.outcome.delivered:
-            logger.warning("round %d: every device was lost, it is repeated", driver.round.number)
-            self._model.void_round()
+            self._repeat_round(driver.round.number)
         else:
+            self._void_rounds = 0
             driver.aggregate()
             self._next_round += 1
             # The next round may have to wait for devices, and this one must outlive that.
             self._save(round_=driver.round.number)
+
+    def _repeat_round(self, number: int) -> None:
+        self._void_rounds += 1
+        if self._void_rounds == MOST_VOID_ROUNDS:
+            raise QuorumError(
+                f"round {number} lost every device {MOST_VOID_ROUNDS} times in a row: see the "
+                "agents' logs; --resume goes on from the round before"
+            )
+        logger.warning("round %d: every device was lost, it is repeated", number)
+        self._model.void_round()
 
     def _save(self, *, round_: int) -> None:
         step = round_ * self._settings.rounds.steps
@@ -355,6 +408,9 @@ class Coordinator:
     def _set_back(self, member: Member) -> None:
         """Leave a member out of the open round; it may take part in the next."""
         self._lost(member)
+        reason = "the round goes on without this device"
+        for call in member.book.pending:
+            self.members.answer(member, Refusal(call=call, code="stale", reason=reason))
         member.stage = Stage.JOINED
         member.waiting = None
         member.fresh = True
@@ -365,6 +421,6 @@ class Coordinator:
         now = self._clock.monotonic_s()
         for member in self.members.registry:
             awaited = self._driver is not None and self._driver.is_awaited(member)
-            if awaited and now - member.asked_s > limit:
+            if awaited and not self.members.is_our_turn(member) and now - member.asked_s > limit:
                 logger.warning("%s asked nothing for %.0f s, left out", member.device_id, limit)
                 self._set_back(member)

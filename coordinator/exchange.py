@@ -2,7 +2,7 @@
 
 A device may be one step ahead of the slowest; what belongs to the next step waits here until
 the open one is closed. A device has at most its plan's number of micro-batches on the way, so
-the queue is bounded; open graphs are bounded by ``max_open``.
+the queue is bounded; what keeps activations in memory is bounded by `ExchangeLimits`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TypeAlias
+
+import numpy as np
 
 from coordinator.membership import StaleRequestError
 from coordinator.registry import Member
@@ -29,11 +31,19 @@ from shared.protocol.messages import (
     Hidden,
     HiddenGradients,
 )
-
-MAX_OPEN_MICRO_BATCHES = 64
+from shared.protocol.tensors import unpack
 
 Job: TypeAlias = Activations | HiddenGradients
 Reply: TypeAlias = ActivationGradients | Hidden | EvaluatedLoss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeLimits:
+    """What a run allows: micro-batches open at once, sequences to evaluate at once, tokens."""
+
+    open_micro_batches: int
+    evaluate_batch: int
+    max_length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +84,11 @@ class _Announced:
 class Exchange:
     """The queue in front of one `ServerTrainer`, for one round."""
 
-    def __init__(self, trainer: ServerTrainer, round_: Round) -> None:
+    def __init__(self, trainer: ServerTrainer, round_: Round, *, limits: ExchangeLimits) -> None:
         """Start empty."""
         self._trainer = trainer
         self._round = round_
+        self._limits = limits
         self._queue: deque[tuple[Member, Job]] = deque()
         self._open: dict[tuple[str, int, int], _Open] = {}
         self._announced: dict[tuple[str, int], _Announced] = {}
@@ -110,19 +121,23 @@ class Exchange:
 
         A job that cannot be carried out changes nothing and comes back as `Failed`.
         """
-        for place, (member, job) in enumerate(self._queue):
-            if self._is_due(job):
-                del self._queue[place]
-                try:
-                    return self._carry_out(member, job)
-                except (NumericsError, ProtocolError) as error:
-                    self._forget(member, job)
-                    return Failed(member, job, error)
-        return None
+        due = [entry for entry in self._queue if self._is_due(entry[1])]
+        if not due:
+            return None
+        # What closes a micro-batch comes first: it sets memory free.
+        entry = next((one for one in due if isinstance(one[1], HiddenGradients)), due[0])
+        self._queue.remove(entry)
+        member, job = entry
+        try:
+            return self._carry_out(member, job)
+        except HsplitError as error:
+            self._forget(member, job)
+            return Failed(member, job, error)
 
     def _check(self, member: Member, job: Activations) -> None:
         plan = member.plan
         assert plan is not None  # participants have one
+        self._check_size(job, plan.micro_batch)
         if job.purpose == "evaluate":
             return
         if job.step < self._round.step:
@@ -131,12 +146,26 @@ class Exchange:
             raise ProtocolError(f"step {job.step} while step {self._round.step} is open")
         if job.micro_batches > plan.batch or job.micro_batch >= job.micro_batches:
             raise ProtocolError(f"micro-batch {job.micro_batch} of {job.micro_batches}")
-        if len(job.lengths) > plan.micro_batch or job.target_tokens > sum(job.lengths):
-            raise ProtocolError(
-                f"{len(job.lengths)} sequences of {sum(job.lengths)} tokens, "
-                f"{job.target_tokens} of them targets, in a micro-batch of {plan.micro_batch}"
-            )
         self._announce(member, job)
+
+    def _check_size(self, job: Activations, micro_batch: int) -> None:
+        """Refuse, before it is queued, what is larger than planned or contradicts itself."""
+        most = self._limits.evaluate_batch if job.purpose == "evaluate" else micro_batch
+        tokens = sum(job.lengths)
+        if len(job.lengths) > most or max(job.lengths) > self._limits.max_length:
+            raise ProtocolError(
+                f"{len(job.lengths)} sequences of up to {max(job.lengths)} tokens, where at most "
+                f"{most} of {self._limits.max_length} are agreed"
+            )
+        if job.hidden.shape[:1] != (tokens,) or job.target_tokens > tokens:
+            raise NumericsError(
+                f"{job.hidden.shape[:1]} activations and {job.target_tokens} targets for "
+                f"{tokens} tokens"
+            )
+        if job.labels is not None and job.labels.dtype == "int32":
+            targets = int(np.count_nonzero(unpack(job.labels) >= 0))
+            if targets != job.target_tokens:
+                raise NumericsError(f"{job.target_tokens} targets stated, {targets} labels sent")
 
     def _announce(self, member: Member, job: Activations) -> None:
         """Note a micro-batch: the round, which counts on that, must hear of each one once."""
@@ -161,7 +190,7 @@ class Exchange:
     def _is_due(self, job: Job) -> bool:
         if isinstance(job, HiddenGradients) or job.purpose == "evaluate":
             return True
-        return job.step == self._round.step and len(self._open) < MAX_OPEN_MICRO_BATCHES
+        return job.step == self._round.step and len(self._open) < self._limits.open_micro_batches
 
     def _carry_out(self, member: Member, job: Job) -> Done:
         if isinstance(job, HiddenGradients):

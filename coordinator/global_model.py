@@ -25,6 +25,7 @@ from coordinator.handback import HandBack, Holder, carry_on, hand_back
 from coordinator.model_store import ModelStore
 from coordinator.planner import adaptable_shapes, adapted
 from coordinator.registry import Member
+from coordinator.run_folder import STATE_BASE
 from coordinator.server_training import ServerTrainer
 from coordinator.settings import CoordinatorSettings
 from shared.adapters import FactoredDelta, HeldAdapters, ModuleAdapter
@@ -73,7 +74,7 @@ class GlobalModel:
             update=self.update,
             server=self._boundary.held,
             optimizer=self._boundary.optimizer,
-            state=state,
+            state={**state, STATE_BASE: self._store.fingerprint},
         )
 
     def start_round(self, number: int, members: Sequence[Member]) -> HandBack:
@@ -135,6 +136,7 @@ class GlobalModel:
         before = self._resumed
         if self.trainer is not None:
             before = self._snapshot(self.trainer)
+            self.trainer = None  # so that there is never room needed for two
         self.trainer = ServerTrainer(
             self._store.config,
             self._store.tensors(),
@@ -142,8 +144,10 @@ class GlobalModel:
             training=self._settings.training_terms,
             lora=self._settings.lora,
             optimizer=self._settings.optimizer,
+            device=None if self._settings.device == "auto" else self._settings.device,
         )
-        logger.info("the server holds blocks %d to %d", first_block, self._architecture.block_count)
+        held = self._architecture.block_count - first_block
+        logger.info("the server holds the last %d of %d blocks", held, held + first_block)
         # What `merge` folded into the base is gone with the old trainer: all of it comes anew.
         self._server_is_fresh = before is None or self._mode == "merge"
         if before is not None and not self._server_is_fresh:

@@ -134,6 +134,15 @@ class Membership:
             member.heard_s = member.asked_s = self._clock.monotonic_s()
         return member
 
+    def is_our_turn(self, member: Member) -> bool:
+        """Tell whether this member waits for us, or what it sends (or gets) is still on its way."""
+        device = member.device_id
+        return (
+            bool(member.book.pending)
+            or self._link.sending_to(device)
+            or self._link.receiving_from(device, within_s=REPEAT_AFTER_S)
+        )
+
     # --- what goes out ------------------------------------------------------------------------
 
     def answer(self, member: Member, answer: Answer) -> None:
@@ -199,7 +208,15 @@ class Membership:
     def _welcome(self, member: Member, request: JoinRequest) -> None:
         self._link.admit(member.device_id)
         member.book.admit(request.call)
-        logger.info("%s joined with %d sequences", member.device_id, request.profile.sequences)
+        profile = request.profile
+        logger.info(
+            "%s joined with %d sequences: %.80s, %.80s, hsplit %s",
+            member.device_id,
+            profile.sequences,
+            profile.machine,
+            profile.accelerator or "no accelerator",
+            profile.hsplit_version,
+        )
         self.answer(
             member,
             Welcome(

@@ -65,11 +65,6 @@ class MetricsWriter:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
 
-    def flush(self) -> None:
-        """Push TensorBoard's events to disk; the lines of JSON are there already."""
-        if self._events is not None:
-            self._events.flush()
-
     def close(self) -> None:
         """Close the files. May be called twice."""
         self._file.close()
@@ -109,17 +104,6 @@ def _kept_lines(path: Path, resumed_step: int | None) -> Iterator[bytes]:
             continue
         if line.endswith(b"\n") and step <= resumed_step:
             yield line
-
-
-def read_metrics(run_folder: Path) -> list[dict[str, float | None]]:
-    """Return every line of a run's ``metrics.jsonl``, oldest first; none without the file.
-
-    After a resume an evaluation may stand there twice; the later line counts.
-    """
-    path = run_folder / METRICS_FILE
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ the pieces' SHA-256 are remembered (a 14 GB model takes most of a minute to hash
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ class ModelStore:
     def config(self) -> Mapping[str, Any]:
         """The parsed ``config.json``."""
         return self._texts.config
+
+    @property
+    def fingerprint(self) -> str:
+        """One SHA-256 over all pieces: the same for the same weights and tokenizer."""
+        names = sorted(f"{piece.name} {piece.sha256}" for piece in self._pieces)
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
     def describe(self) -> ModelDescription:
         """Return what devices must know of the model."""

@@ -6,6 +6,7 @@ limit by `memory_bytes`, an estimate from the model's shapes; nothing is measure
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -111,8 +112,10 @@ def memory_bytes(
     base = item * (words + untied_head + split_layer * block)
     ranks, _ = adapted(terms.lora, architecture, range(split_layer))
     factors = sum(rank * sum(architecture.features(m)) for m, rank in ranks.items())
+    # The residual that a device holds frozen grows from round to round, at most to full rank.
+    frozen = sum(ITEM_BYTES["float32"] * math.prod(architecture.features(m)) for m in ranks)
     saved = item * tokens * hidden * SAVED_PER_BLOCK * split_layer
-    return RUNTIME_BYTES + base + STATE_BYTES_PER_PARAMETER * factors + saved
+    return RUNTIME_BYTES + base + STATE_BYTES_PER_PARAMETER * factors + frozen + saved
 
 
 def _largest_that_fits(

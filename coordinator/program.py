@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import yaml
 
-from coordinator import checkpoints
+from coordinator import checkpoints, run_folder
 from coordinator.checkpoints import Checkpoint
 from coordinator.coordinator import RUN_COMPLETE, Coordinator
 from coordinator.embedded_broker import EmbeddedBroker
@@ -21,23 +19,20 @@ from coordinator.metrics import SUMMARY_FILE, DeviceSummary, MetricsWriter, Summ
 from coordinator.model_card import CardDevice, ModelCard
 from coordinator.model_store import ModelStore
 from coordinator.planner import adaptable_shapes
+from coordinator.presence import Presence
 from coordinator.reporting import Reporter, Tallies
 from coordinator.settings import CoordinatorSettings
 from shared import health, logs
 from shared.architecture import ModelArchitecture
-from shared.atomic import replace_file
 from shared.clock import Clock
 from shared.config import BrokerSettings, base_folder
-from shared.errors import ConfigError, HsplitError, StorageError
-from shared.protocol.topics import COORDINATOR_STATUS, coordinator_filters
-from shared.transport.base import Will
+from shared.errors import HsplitError, StorageError
+from shared.protocol.topics import coordinator_filters
 from shared.transport.link import MessageLink
 from shared.transport.mqtt import MqttTransport
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.yaml"
-CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 MERGED = "merged"
 IDLE_WAIT_S = 0.5
@@ -47,31 +42,33 @@ GOODBYE_S = 10.0
 def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary:
     """Carry out a run and return its summary; its folder then holds the adapter.
 
+    With ``resume`` it goes on from its last checkpoint, if it has one.
+
     Raises:
         HsplitError: it cannot start, or cannot go on; the last checkpoint remains.
     """
+    if resume:
+        settings = run_folder.with_last_run(settings)
     settings = settings.with_run_id(clock.wall_s())
-    folder = settings.run_folder
-    checkpoint = _open_folder(folder, resume=resume)
     logs.bind(run_id=settings.run_id)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    store = ModelStore.open(
-        settings.model.name,
-        revision=settings.model.revision,
-        cache_folder=base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "pieces",
-    )
-    architecture = _checked_architecture(settings, store)
-    if settings.training.labels == "server":
-        logger.warning(
-            "labels: server: the devices send the tokens to predict, which are their text, to "
-            "this coordinator; labels: device keeps them at home"
+    with run_folder.locked(settings.run_folder), contextlib.ExitStack() as stack:
+        checkpoint = run_folder.opened(settings.run_folder, resume=resume)
+        store = ModelStore.open(
+            settings.model.name,
+            revision=settings.model.revision,
+            cache_folder=base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "pieces",
         )
-    replace_file(folder / RUN_FILE, yaml.safe_dump(settings.resolved(), sort_keys=False).encode())
-    with _broker(settings) as broker, contextlib.ExitStack() as stack:
-        transport = MqttTransport(broker, client_name="hsplit-coordinator", will=_will(settings))
-        link = MessageLink(transport, clock)
-        stack.callback(link.close)
+        settings = _with_resolved_model(settings, store)
+        architecture = _checked_architecture(settings, store)
+        if checkpoint is not None:
+            run_folder.check_fits(checkpoint, settings, base=store.fingerprint)
+        _warn_of_labels(settings)
+        run_folder.write_settings(settings)
+        broker = stack.enter_context(_broker(settings))
+        presence = Presence(settings.run_id, clock)
+        link = _link(broker, presence, clock, stack)
         link.start(coordinator_filters(settings.run_id), timeout_s=broker.connect_timeout_s)
         model = GlobalModel(settings, store, architecture)
         if checkpoint is not None:
@@ -86,32 +83,31 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
             architecture=architecture,
             model=model,
             reporter=reporter,
-            save_checkpoint=lambda saved: _save(settings, saved),
+            save_checkpoint=lambda saved: run_folder.save(settings, saved),
             next_round=1 if checkpoint is None else checkpoint.round + 1,
+            presence=presence,
         )
-        health_file = health.HealthFile(folder / health.FILE_NAME, clock)
+        health_file = health.HealthFile(settings.run_folder / health.FILE_NAME, clock)
         stack.callback(health_file.close)
         _drive(coordinator, health_file, clock)
         summary = reporter.summary()
-    summary.save(folder)
-    _export(settings, model, summary)
-    return summary
+        model.trainer = None  # room for what the export loads
+        summary.save(settings.run_folder)
+        _export(settings, model, summary)
+        return summary
 
 
-def export(run_folder: Path, target: Path | None, *, merged: bool) -> Path:
+def export(folder: Path, target: Path | None, *, merged: bool) -> Path:
     """Write the adapter (or the merged model) of a run's last checkpoint; return its folder.
 
     Raises:
         ConfigError: the folder is no run.
         StorageError: it has no whole checkpoint, or ``target`` cannot be written.
     """
-    run_file = run_folder / RUN_FILE
-    if not run_file.exists():
-        raise ConfigError(f"{run_folder} is no run folder: it has no {RUN_FILE}")
-    settings = CoordinatorSettings.load(file=run_file, environment={})
-    checkpoint = checkpoints.latest(run_folder / CHECKPOINTS)
+    settings = run_folder.read_settings(folder)
+    checkpoint = checkpoints.latest(folder / run_folder.CHECKPOINTS)
     if checkpoint is None:
-        raise StorageError(f"{run_folder} has no checkpoint yet: nothing to export")
+        raise StorageError(f"{folder} has no checkpoint yet: nothing to export")
     tallies = Tallies.restored(checkpoint.state)
     card = _card(
         settings,
@@ -125,29 +121,36 @@ def export(run_folder: Path, target: Path | None, *, merged: bool) -> Path:
         ],
     )
     name, revision = settings.model.name, settings.model.revision
-    adapter = target if target is not None and not merged else run_folder / ADAPTER
+    adapter = target if target is not None and not merged else folder / ADAPTER
     export_adapter(checkpoint.update, name, adapter, card=card, revision=revision)
     if not merged:
         return adapter
-    folder = target if target is not None else run_folder / MERGED
-    return export_merged(adapter, name, folder, revision=revision)
+    return export_merged(adapter, name, target or folder / MERGED, revision=revision)
 
 
-def _open_folder(folder: Path, *, resume: bool) -> Checkpoint | None:
-    checkpoint = checkpoints.latest(folder / CHECKPOINTS)
-    if resume:
-        if checkpoint is None:
-            raise ConfigError(
-                f"{folder} holds no checkpoint to resume from: start without --resume"
-            )
-        logger.info("resuming %s after round %d", folder, checkpoint.round)
-    elif checkpoint is not None:
-        raise ConfigError(f"run {folder} exists: add --resume to go on, or choose another run.id")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be made: {error.strerror}") from error
-    return checkpoint
+def _with_resolved_model(settings: CoordinatorSettings, store: ModelStore) -> CoordinatorSettings:
+    """Return the settings with the model's exact place: the run must find the same one again."""
+    folder = store.folder
+    name = folder.source if folder.revision is not None else str(folder.path.resolve())
+    found = {"name": name, "revision": folder.revision}
+    return settings.model_copy(update={"model": settings.model.model_copy(update=found)})
+
+
+def _warn_of_labels(settings: CoordinatorSettings) -> None:
+    if settings.training.labels == "server":
+        logger.warning(
+            "labels: server: the devices send the tokens to predict, which are their text, to "
+            "this coordinator; labels: device keeps them at home"
+        )
+
+
+def _link(
+    broker: BrokerSettings, presence: Presence, clock: Clock, stack: contextlib.ExitStack
+) -> MessageLink:
+    transport = MqttTransport(broker, client_name="hsplit-coordinator", will=presence.will)
+    link = MessageLink(transport, clock)
+    stack.callback(link.close)
+    return link
 
 
 def _checked_architecture(settings: CoordinatorSettings, store: ModelStore) -> ModelArchitecture:
@@ -159,7 +162,7 @@ def _checked_architecture(settings: CoordinatorSettings, store: ModelStore) -> M
         try:
             if own.split_layer is not None:
                 architecture.check_split_layer(own.split_layer)
-            terms = settings.device(device)
+            terms = settings.device_terms(device)
             architecture.target_modules(terms.lora, blocks=range(architecture.block_count))
         except HsplitError as error:
             raise type(error)(f"plan.devices.{device}: {error}") from error
@@ -175,20 +178,7 @@ def _broker(settings: CoordinatorSettings) -> Iterator[BrokerSettings]:
         return
     wanted = settings.embedded_broker
     with EmbeddedBroker(wanted.host, wanted.port, prefer=wanted.prefer) as broker:
-        logger.info(
-            "embedded broker (%s) at %s, without passwords or encryption: for one machine and "
-            "first steps; for anything real set broker.url",
-            broker.kind,
-            broker.url,
-        )
         yield BrokerSettings(url=broker.url)
-
-
-def _will(settings: CoordinatorSettings) -> Will:
-    def notice(state: str) -> bytes:
-        return json.dumps({"state": state, "run_id": settings.run_id}).encode()
-
-    return Will(COORDINATOR_STATUS, birth=notice("online"), death=notice("offline"))
 
 
 def _reporter(
@@ -202,10 +192,6 @@ def _reporter(
     )
     tallies = Tallies() if checkpoint is None else Tallies.restored(checkpoint.state)
     return Reporter(writer, link, clock, total_steps=settings.total_steps, tallies=tallies)
-
-
-def _save(settings: CoordinatorSettings, checkpoint: Checkpoint) -> None:
-    checkpoints.save(settings.run_folder / CHECKPOINTS, checkpoint, keep=settings.checkpoints.keep)
 
 
 def _drive(coordinator: Coordinator, health_file: health.HealthFile, clock: Clock) -> None:

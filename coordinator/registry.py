@@ -17,6 +17,9 @@ from shared.protocol.messages import Call, DeviceId, DeviceProfile, JoinRequest,
 WILL_GRACE_S = 2.0
 """A broken link that is mended within this time costs the device nothing."""
 
+RECONNECT_S = 10.0
+"""The longest that an agent's connection waits before it tries again."""
+
 _INSTANCE_DIGITS = 8
 
 
@@ -138,7 +141,8 @@ class Registry:
     def excuse(self, now_s: float) -> None:
         """Count no silence until now against anybody: we could have heard nobody."""
         for member in self:
-            member.heard_s = member.asked_s = now_s
+            member.asked_s = now_s
+            member.heard_s = now_s + RECONNECT_S
 
     def lost(self, now_s: float) -> list[Member]:
         """Return the members that were silent for too long; they are members no more."""
@@ -157,10 +161,6 @@ class Registry:
         free = [device for device in self._challengers if device not in self._members]
         requests = [(device, self._challengers.pop(device).request) for device in free]
         return [(self._admit(device, request, now_s), request) for device, request in requests]
-
-    def next_due_s(self) -> float:
-        """When the next member will have been silent for too long."""
-        return min((m.heard_s for m in self), default=float("inf")) + self._lost_after_s
 
     def _admit(self, device: DeviceId, request: JoinRequest, now_s: float) -> Member:
         member = Member(device, request.call.session, request.profile, now_s, now_s)

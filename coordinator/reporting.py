@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from coordinator.aggregation import Aggregated
 from coordinator.metrics import DeviceSummary, MetricsWriter, Summary
@@ -52,8 +54,9 @@ class Tallies:
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Tallies:
         """Return the tallies that `Reporter.state` put into a checkpoint."""
+        known = {field.name: state[field.name] for field in fields(cls)}
         plans = {device: DeviceSummary(**plan) for device, plan in state["plans"].items()}
-        return cls(**{**state, "plans": plans})
+        return cls(**{**known, "plans": plans})
 
 
 class Reporter:
@@ -81,6 +84,9 @@ class Reporter:
         self._round_loss = _Mean()
         self._evaluations: dict[DeviceId, EvaluationResult] = {}
         self._bar: tqdm[None] | None = None
+        self._of = 0
+        self._round_line = ""
+        self._terminal = contextlib.ExitStack()
 
     # --- events -------------------------------------------------------------------------------
 
@@ -104,7 +110,8 @@ class Reporter:
                 )
             self.tallies.plans[device] = summary
         if number <= of:
-            logger.info("round %d of %d starts with %s", number, of, ", ".join(sorted(plans)))
+            logger.debug("round %d of %d starts with %s", number, of, ", ".join(sorted(plans)))
+        self._of = of
 
     def micro_batch(self, device: DeviceId, loss_sum: float, target_tokens: int) -> None:
         """Add one training micro-batch of the open step."""
@@ -154,16 +161,24 @@ class Reporter:
         perplexity = _perplexity(mean.value)
         values |= {"eval/loss": mean.value, "eval/perplexity": perplexity}
         self._writer.write(values, round_=round_ - 1, step=step)
-        if self.tallies.perplexity_before is None:
-            self.tallies.perplexity_before = perplexity
-        self.tallies.perplexity_after = perplexity
+        finite = perplexity if math.isfinite(perplexity) else None
+        if step == 0:
+            self.tallies.perplexity_before = finite
+        self.tallies.perplexity_after = finite
         logger.info(
-            "held-out perplexity after %d steps: %.2f (%d tokens on %d devices)",
+            "after %d of %d rounds, %d steps: %sheld-out perplexity %.2f on %d devices",
+            round_ - 1,
+            self._of,
             step,
+            self._round_line,
             perplexity,
-            mean.target_tokens,
             len(self._evaluations),
         )
+        self._round_line = ""
+
+    def not_evaluated(self) -> None:
+        """Note that nobody evaluated the outcome of the run."""
+        self.tallies.perplexity_after = None
 
     def round_closed(
         self,
@@ -197,13 +212,10 @@ class Reporter:
         }
         self._writer.write(values, round_=round_, step=step)
         self._advance(step, self._round_loss.value)
-        logger.info(
-            "round %d aggregated from %s: training loss %.3f, %.1f s",
-            round_,
-            ", ".join(sorted(results)),
-            self._round_loss.value,
-            seconds,
-        )
+        # It waits for the perplexity that belongs to it: one line a round.
+        loss = self._round_loss.value
+        self._round_line = f"{len(results)} devices in {seconds:.1f} s, training loss {loss:.3f}, "
+        logger.debug("round %d aggregated from %s", round_, ", ".join(sorted(results)))
 
     def state(self) -> Mapping[str, Any]:
         """Return what a checkpoint must hold for `Tallies.restored`."""
@@ -248,6 +260,7 @@ class Reporter:
         """Close the bar and the files."""
         if self._bar is not None:
             self._bar.close()
+        self._terminal.close()
         self._writer.close()
 
     def _advance(self, step: int, loss: float) -> None:
@@ -255,6 +268,7 @@ class Reporter:
         if not sys.stderr.isatty():
             return
         if self._bar is None:
+            self._terminal.enter_context(logging_redirect_tqdm())
             self._bar = tqdm(total=self._total_steps, unit="step", dynamic_ncols=True)
         self._bar.update(step - self._bar.n)
         self._bar.set_postfix(loss=f"{loss:.3f}")

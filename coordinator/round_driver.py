@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from coordinator.aggregation import Aggregated, Contribution
-from coordinator.exchange import Exchange, Failed, Job
+from coordinator.exchange import Exchange, ExchangeLimits, Failed, Job
 from coordinator.global_model import GlobalModel
 from coordinator.handback import Holder, check_adapters
 from coordinator.membership import Membership, StaleRequestError
@@ -50,6 +50,7 @@ class RoundDriver:
         reporter: Reporter,
         optimizer: OptimizerTerms,
         total_steps: int,
+        limits: ExchangeLimits,
     ) -> None:
         """Open the round."""
         self.round = round_
@@ -61,7 +62,9 @@ class RoundDriver:
         self._reporter = reporter
         self._optimizer = optimizer
         self._total_steps = total_steps
-        self._exchange = None if model.trainer is None else Exchange(model.trainer, round_)
+        self._exchange = (
+            None if model.trainer is None else Exchange(model.trainer, round_, limits=limits)
+        )
         self._adapters: dict[DeviceId, AdapterState] = {}
         self._results: dict[DeviceId, RoundResult] = {}
 
@@ -96,9 +99,9 @@ class RoundDriver:
         adapters = from_wire(result.adapters)
         holder = self._holders[member.device_id]
         check_adapters(adapters, holder=holder, update=self._model.update)
+        self._advance(Delivered(member.device_id, result.target_tokens))
         self._adapters[member.device_id] = adapters
         self._results[member.device_id] = result
-        self._advance(Delivered(member.device_id, result.target_tokens))
 
     def lose(self, member: Member) -> None:
         """Go on without a participant (or somebody who is none)."""
@@ -141,7 +144,7 @@ class RoundDriver:
 
     def _obey(self, instruction: Instruction) -> None:
         if isinstance(instruction, CloseEvaluation):
-            self._reporter.evaluation_closed(self.round.number, self.round.step)
+            self._reporter.evaluation_closed(self.round.number, self.round.first_step)
         elif isinstance(instruction, CloseStep):
             self._close_step(instruction)
         else:

@@ -100,6 +100,7 @@ class Round:
     ) -> None:
         """Open the round at its first step."""
         self.number = number
+        self.first_step = first_step
         self.step = first_step
         self.end_step = first_step + steps
         self.closed = False

@@ -19,6 +19,7 @@ from torch import nn
 
 from shared.adapters import AdapterState, HeldAdapters
 from shared.errors import NumericsError, ProtocolError
+from shared.modeling.compute import compute_device, explained_out_of_memory
 from shared.modeling.lora import dropout_seed
 from shared.modeling.optimizer import AdapterOptimizer, OptimizerState
 from shared.modeling.packing import Packing
@@ -28,6 +29,8 @@ from shared.modeling.wire import DTYPES, from_frame, to_frame
 from shared.protocol.messages import DeviceId
 from shared.protocol.tensors import TensorFrame
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
+
+_explained = explained_out_of_memory("the server")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -89,8 +92,10 @@ class ServerTrainer:
     """The server-side model under training. Not thread-safe: it belongs to the owner's thread.
 
     Every check comes before any change: after an error no share and no adapter has changed.
+    Whatever it is asked may also end in a `PlanError`: the memory is full.
     """
 
+    @_explained
     def __init__(
         self,
         config: Mapping[str, Any],
@@ -109,13 +114,13 @@ class ServerTrainer:
         device; None: CUDA where available, else the CPU.
 
         Raises:
+            ConfigError: there is no such device here.
             ModelError: unsupported family, or a tensor is missing or misshapen.
             PlanError: there is nothing to hold, or max_length exceeds the positions.
         """
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         placement = Placement(
             dtype=DTYPES[training.dtype],
-            device=torch.device(chosen),
+            device=compute_device(device),
             lora_dropout=lora.lora_dropout,
         )
         head = training.labels == "server"
@@ -138,6 +143,7 @@ class ServerTrainer:
         """How many micro-batches wait for the head's gradient, holding their activations."""
         return len(self._open)
 
+    @_explained
     def train(
         self, device_id: DeviceId, key: MicroBatchKey, sent: MicroBatchInput
     ) -> HiddenResult | GradientResult:
@@ -176,6 +182,7 @@ class ServerTrainer:
         loss_sum = _finite(float(loss.detach()), name=name)
         return GradientResult(self._backward(device_id, forward, loss, None, name=name), loss_sum)
 
+    @_explained
     def train_gradient(
         self, device_id: DeviceId, key: MicroBatchKey, gradient: TensorFrame
     ) -> TensorFrame:
@@ -198,6 +205,7 @@ class ServerTrainer:
         del self._open[device_id, key]
         return self._backward(device_id, forward, forward.hidden_ND, outer_ND, name=name)
 
+    @_explained
     def evaluate(self, device_id: DeviceId, sent: MicroBatchInput) -> HiddenResult | LossResult:
         """Run one evaluation micro-batch: no dropout, no gradient, nothing kept.
 
@@ -215,6 +223,7 @@ class ServerTrainer:
                 return HiddenResult(self._send(hidden_ND, what=f"hidden states, {name}"))
             return LossResult(_finite(float(self._back.loss_sum(hidden_ND, labels_N)), name=name))
 
+    @_explained
     def close_step(self, step: int, *, devices: Sequence[DeviceId], target_tokens: int) -> float:
         """Take optimizer step ``step`` on the shares of ``devices``; drop everybody else's.
 
@@ -244,6 +253,7 @@ class ServerTrainer:
         for open_key in [open_key for open_key in self._open if open_key[0] == device_id]:
             del self._open[open_key]
 
+    @_explained
     def set_adapters(self, adapters: HeldAdapters, *, fold: bool) -> None:
         """Replace the named modules' adapters and reset their optimizer moments.
 

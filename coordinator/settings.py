@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from shared.config import (
     BrokerSettings,
+    ComputeDevice,
     HsplitSettings,
     MemoryLimit,
     PositiveInt,
@@ -69,6 +70,7 @@ class DeviceRules(Section):
     more than ``min``) or ``wait_s`` passed since; who comes later joins the next round. Fewer
     than ``min`` for ``join_timeout_s`` end the run. A device not heard for ``lost_after_s`` is
     lost; one that a round waits for and that asks nothing for ``step_timeout_s`` is left out.
+    The server keeps the activations of at most ``open_micro_batches`` at once.
     """
 
     min: PositiveInt = 1
@@ -77,6 +79,7 @@ class DeviceRules(Section):
     join_timeout_s: Timeout = 600.0
     lost_after_s: Timeout = 6.0
     step_timeout_s: Timeout = 300.0
+    open_micro_batches: PositiveInt = 16
 
     @model_validator(mode="after")
     def _check_counts(self) -> DeviceRules:
@@ -102,8 +105,8 @@ class DeviceOverrides(Section):
 class PlanSettings(Section):
     """Who computes how much. Without ``split_layer`` it follows from each memory limit.
 
-    ``batch``: sequences of each device per step. ``micro_batch``: sequences at once, None for
-    the whole batch. ``in_flight``: micro-batches that one device may have on their way.
+    ``batch``: sequences of each device per step. ``in_flight``: micro-batches that one device may
+    have on their way; ``micro_batch``: sequences in each, None for as many as make ``in_flight``.
     """
 
     split_layer: PositiveInt | None = None
@@ -169,6 +172,8 @@ class CoordinatorSettings(HsplitSettings):
     export: ExportSettings = ExportSettings()
     threads: PositiveInt | None = None
     """CPU threads of the server's part; None: as many as torch takes."""
+    device: ComputeDevice = "auto"
+    """Where the server's part computes."""
     report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
 
     @property
@@ -209,7 +214,7 @@ class CoordinatorSettings(HsplitSettings):
         run_id = RunId(f"{date}-{model[:_LONGEST_MODEL_NAME]}")
         return self.model_copy(update={"run": self.run.model_copy(update={"id": run_id})})
 
-    def device(self, device_id: DeviceId) -> DeviceTerms:
+    def device_terms(self, device_id: DeviceId) -> DeviceTerms:
         """Return the plan settings of one device: its own where given, else those for all."""
         return _terms(self.plan, self.lora, self.plan.devices.get(device_id, DeviceOverrides()))
 
@@ -227,6 +232,11 @@ class CoordinatorSettings(HsplitSettings):
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) should be below "
                 f"rounds.count x rounds.steps ({self.total_steps})"
             )
+        if self.aggregation.hand_back == "merge" and self.training.dtype != "float32":
+            raise ValueError(
+                "aggregation.hand_back: merge rounds every update into the base, which loses most "
+                f"of it in {self.training.dtype}: use residual, or training.dtype float32"
+            )
         _check_batch("plan", self.plan.batch, self.plan.micro_batch)
         for name, own in self.plan.devices.items():
             batch = own.batch or self.plan.batch
@@ -238,6 +248,7 @@ class CoordinatorSettings(HsplitSettings):
 
 def _terms(plan: PlanSettings, lora: LoraTerms, own: DeviceOverrides) -> DeviceTerms:
     batch = own.batch or plan.batch
+    in_flight = own.in_flight or plan.in_flight
     changed = {
         name: getattr(own, name)
         for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
@@ -247,8 +258,8 @@ def _terms(plan: PlanSettings, lora: LoraTerms, own: DeviceOverrides) -> DeviceT
         split_layer=own.split_layer or plan.split_layer,
         batch=batch,
         # What is set for all may exceed the smaller batch of one device.
-        micro_batch=min(own.micro_batch or plan.micro_batch or batch, batch),
-        in_flight=own.in_flight or plan.in_flight,
+        micro_batch=min(own.micro_batch or plan.micro_batch or -(-batch // in_flight), batch),
+        in_flight=in_flight,
         memory_limit_bytes=own.memory_limit,
         lora=replace(lora, **changed),
     )

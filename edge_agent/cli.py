@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_agent import program
-from edge_agent.settings import AgentSettings
+from edge_agent.settings import AgentSettings, default_state_folder
 from shared import health, logs, version
 from shared.clock import SystemClock
 from shared.config_layers import Flag
@@ -24,8 +24,10 @@ _SETTINGS = {
     "--evaluation-data": ("evaluation_data", "FILE", "held-out text (default: a share of --data)"),
     "--evaluation-fraction": ("evaluation_fraction", "SHARE", "share of --data that is held out"),
     "--cache-folder": ("cache_folder", "FOLDER", "keeps the base model's weights"),
+    "--cache-limit": ("cache_limit", "SIZE", "weights used longest ago go beyond it: 20GB"),
     "--state-folder": ("state_folder", "FOLDER", "keeps this agent's own state"),
     "--memory-limit": ("memory_limit", "SIZE", "what training may use, such as 2GiB"),
+    "--device": ("device", "DEVICE", "cpu, cuda, cuda:1, or auto: the GPU where there is one"),
     "--threads": ("threads", "N", "CPU threads that training may use"),
     "--log-level": ("log_level", "LEVEL", "debug, info, warning or error"),
     "--log-format": ("log_format", "FORMAT", "text or json"),
@@ -51,9 +53,17 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--config", type=Path, metavar="FILE", help="YAML file with these settings")
     for flag, (_, value, explanation) in _SETTINGS.items():
         run.add_argument(flag, metavar=value, help=explanation)
+    run.add_argument(
+        "--share-labels",
+        action="store_const",
+        const="true",
+        help="agree that a run with labels: server gets this text's tokens",
+    )
     run.set_defaults(command=_run)
     well = commands.add_parser("health", help="exit 0 if the agent makes progress, else 20")
-    well.add_argument("--state", type=Path, required=True, help="the agent's state folder")
+    which = well.add_mutually_exclusive_group(required=True)
+    which.add_argument("--state", type=Path, metavar="FOLDER", help="the agent's state folder")
+    which.add_argument("--device-id", metavar="ID", help="for an agent without --state-folder")
     well.add_argument("--max-age-s", type=float, default=300.0)
     well.set_defaults(command=_health)
     return parser
@@ -64,14 +74,16 @@ def _run(arguments: argparse.Namespace) -> int:
         Flag(flag, key, getattr(arguments, flag[2:].replace("-", "_")))
         for flag, (key, _, _) in _SETTINGS.items()
     ]
+    flags.append(Flag("--share-labels", "share_labels", arguments.share_labels))
     settings = AgentSettings.load(file=arguments.config, flags=flags)
     logs.set_up(settings.log_level, settings.log_format)
     return program.run(settings, SystemClock())
 
 
 def _health(arguments: argparse.Namespace) -> None:
+    state = arguments.state or default_state_folder(arguments.device_id)
     found = health.check(
-        arguments.state / health.FILE_NAME, max_age_s=arguments.max_age_s, clock=SystemClock()
+        state / health.FILE_NAME, max_age_s=arguments.max_age_s, clock=SystemClock()
     )
     print(f"{found.phase}: well")
 

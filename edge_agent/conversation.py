@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Literal, TypeAlias, TypeVar
 
+from edge_agent.coordinator_watch import CoordinatorWatch
 from shared.clock import Clock
 from shared.errors import (
     HsplitError,
@@ -41,7 +42,7 @@ from shared.protocol.messages import (
 )
 from shared.protocol.topics import Topic, device_topic, run_topic
 from shared.transport.base import LinkDown, LinkUp, Will
-from shared.transport.link import LinkEvent, MessageLink, Received, Unreadable
+from shared.transport.link import LinkEvent, MessageLink, Received, StatusSeen, Unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +113,14 @@ class Conversation:
         self._lives = 0
         self._run_id: RunId | None = None
         self._interrupt: HsplitError | None = None
+        self._watch = CoordinatorWatch(clock)
         self._next_heartbeat_s = clock.monotonic_s()
         self.renew()
 
     def renew(self) -> None:
         """Begin a new session: earlier calls are void, and it is not in before `enter`."""
-        self.is_in = False
+        self.live_session: SessionId | None = None
+        """The session that is in; the pulse's thread reads it, so it is one attribute."""
         self._calls = OpenCalls(SessionId(f"{self._instance}{self._lives:08x}"))
         self._answers: dict[int, Answer] = {}
         self._lives += 1
@@ -130,7 +133,7 @@ class Conversation:
     def enter(self, run_id: RunId) -> None:
         """Be in: send heartbeats, and tensors on the topics of this run, from now on."""
         self._run_id = run_id
-        self.is_in = True
+        self.live_session = self.session
 
     # --- for scripts --------------------------------------------------------------------------
 
@@ -175,6 +178,7 @@ class Conversation:
         event = self._link.receive(timeout_s)
         if event is not None:
             self._handle(event)
+        self._watch.tick()
         now = self._clock.monotonic_s()
         if now >= self._next_heartbeat_s:
             self._next_heartbeat_s = now + HEARTBEAT_S
@@ -226,15 +230,19 @@ class Conversation:
     def _be_alive(self, awaiting: tuple[int, ...]) -> None:
         # Before the welcome a heartbeat may overtake the request to join. The coordinator would
         # then say "join again", and that, were it late, would take us out of the midst of a round.
-        if not self.is_in:
+        if self.live_session is None:
             self._resend(awaiting)
             return
         topic = device_topic(self.device_id, "telemetry")
-        self._link.send_now(topic, Heartbeat(session=self.session, awaiting=awaiting))
+        self._link.send_now(topic, Heartbeat(session=self.live_session, awaiting=awaiting))
 
     def _handle(self, event: LinkEvent) -> None:
         if isinstance(event, Received):
+            self._watch.heard()
             self._handle_message(event.message)
+        elif isinstance(event, StatusSeen):
+            if event.device is None:
+                self._watch.status(event.payload)
         elif isinstance(event, LinkDown):
             logger.warning("link to the broker lost (%s), reconnecting", event.reason)
         elif isinstance(event, LinkUp):
@@ -256,7 +264,7 @@ class Conversation:
         elif isinstance(message, Refusal) and message.call is None:
             logger.warning("the coordinator could not use a message: %s", message.reason)
             # Once we are in, both sides have understood each other: somebody else wrote that.
-            if message.code == "version" and not self.is_in:
+            if message.code == "version" and self.live_session is None:
                 self._interrupt = refusal_error(message)
         elif isinstance(message, Answer) and self._calls.answered(message):
             assert message.call is not None  # `answered` looked at it
@@ -266,7 +274,7 @@ class Conversation:
         for number in numbers:
             found = self._calls.find(number)
             if found is not None and not self._link.sending_to(self.device_id):
-                logger.info("repeating call %d, which is without an answer", number)
+                logger.debug("repeating call %d, which is without an answer", number)
                 self._ask(*found)
 
 
@@ -292,9 +300,10 @@ class Pulse:
     def _run(self) -> None:
         topic = device_topic(self._conversation.device_id, "telemetry")
         while not self._stop.wait(HEARTBEAT_S):
-            if not self._conversation.is_in:
+            session = self._conversation.live_session
+            if session is None:
                 continue
             try:
-                self._link.send_now(topic, Heartbeat(session=self._conversation.session))
+                self._link.send_now(topic, Heartbeat(session=session))
             except HsplitError as error:
                 logger.debug("heartbeat not sent: %s", error)

@@ -68,7 +68,6 @@ class Download:
         self._open: dict[str, _Fetch] = {}
         self._failed_once: set[str] = set()
         self.total_bytes = sum(piece.size_bytes for piece in self._waiting)
-        self._finished_bytes = 0
         # Unfinished files count twice here: they are small beside what a device should spare.
         if self.total_bytes > shutil.disk_usage(cache.folder).free:
             raise StorageError(disk_full(cache.folder, self.total_bytes))
@@ -77,11 +76,6 @@ class Download:
     def complete(self) -> bool:
         """Whether every piece is in the cache."""
         return not self._waiting and not self._open
-
-    @property
-    def done_bytes(self) -> int:
-        """How many of ``total_bytes`` are on disk, those found there included."""
-        return self._finished_bytes + sum(f.plan.written_bytes for f in self._open.values())
 
     def ask(self) -> tuple[PieceRange, ...]:
         """Return what to ask for now; it counts as asked from here on.
@@ -149,8 +143,6 @@ class Download:
             logger.warning("%s (once more, from the beginning)", error)
             self._failed_once.add(piece.sha256)
             self._waiting.appendleft(piece)
-            return
-        self._finished_bytes += piece.size_bytes
 
 
 class Downloads:
@@ -162,9 +154,14 @@ class Downloads:
         *,
         window: int = DEFAULT_WINDOW,
         range_bytes: int = DEFAULT_RANGE_BYTES,
+        cache_limit: int | None = None,
     ) -> None:
-        """Ask for at most ``window`` ranges of ``range_bytes`` at once."""
+        """Ask for at most ``window`` ranges of ``range_bytes`` at once.
+
+        ``cache_limit``: bytes that `prune` leaves in the cache; None: all.
+        """
         self._cache = cache
+        self._cache_limit = cache_limit
         self._window = window
         self._range_bytes = range_bytes
 
@@ -186,6 +183,20 @@ class Downloads:
         finally:
             download.close()
         return {piece.name: self._cache.path(piece) for piece in pieces}
+
+    def prune(self) -> None:
+        """Delete what was used longest ago, down to the limit; what is in use stays.
+
+        For when all that a plan needs was fetched, or it would delete what is wanted next.
+
+        Raises:
+            StorageError: the disk failed.
+        """
+        if self._cache_limit is None:
+            return
+        freed = self._cache.prune(self._cache_limit)
+        if freed:
+            logger.info("%.1f MB of older base weights deleted (cache_limit)", freed / 1e6)
 
 
 def _carry_out(download: Download, conversation: Conversation) -> Script[None]:

@@ -19,7 +19,7 @@ from edge_agent.vocabulary import Vocabulary
 from shared.adapters import LoraPair, ModuleAdapter
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
-from shared.errors import ModelError, ProtocolError
+from shared.errors import ModelError, ProtocolError, RefusedError
 from shared.protocol.messages import (
     Accepted,
     AdapterTensors,
@@ -47,6 +47,8 @@ class Parts:
     records: Records
     held_out_records: Records | None
     clock: Clock
+    share_labels: bool = False
+    """Whether the owner agreed that the tokens to predict may go to the coordinator."""
 
 
 class Participation:
@@ -57,7 +59,10 @@ class Participation:
 
         Raises:
             ModelError: the architecture is not supported here.
+            RefusedError: the run wants labels, and the owner of this text did not agree.
         """
+        if welcome.training.labels == "server":
+            _check_consent(welcome, agreed=parts.share_labels)
         self._conversation = conversation
         self._parts = parts
         self._model = welcome.model
@@ -115,6 +120,7 @@ class Participation:
         split_layer = assignment.split_layer
         names = self._architecture.front_pieces(split_layer, head_on_device=self._head_is_here)
         files = yield from self._fetch(names)
+        self._parts.downloads.prune()
         self._base = FrontBase(self._model.config_json, files, split_layer)
         self._load()
         logger.info(
@@ -237,6 +243,19 @@ class Participation:
                 kind="adapter",
             )
         )
+
+
+def _check_consent(welcome: Welcome, *, agreed: bool) -> None:
+    if not agreed:
+        raise RefusedError(
+            "this run has labels: server: your text's tokens would be sent to the coordinator; "
+            "add --share-labels to agree, or ask for labels: device"
+        )
+    logger.warning(
+        "labels: server: the tokens to predict, which are this device's text, go to the "
+        "coordinator of run %s (--share-labels)",
+        welcome.run_id,
+    )
 
 
 def _on_wire(module: str, pair: LoraPair) -> AdapterTensors:

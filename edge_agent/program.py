@@ -41,7 +41,8 @@ def run(settings: AgentSettings, clock: Clock) -> int:
         evaluation_data=settings.evaluation_data,
         evaluation_fraction=settings.evaluation_fraction,
     )
-    backend = open_backend(settings.backend, threads=settings.threads)
+    device = None if settings.device == "auto" else settings.device
+    backend = open_backend(settings.backend, device=device, threads=settings.threads)
     profile = DeviceProfile(
         backend=backend.name,
         hsplit_version=version.VERSION,
@@ -64,10 +65,11 @@ def run(settings: AgentSettings, clock: Clock) -> int:
         stack.callback(pulse.stop)
         parts = Parts(
             backend=backend,
-            downloads=Downloads(cache),
+            downloads=Downloads(cache, cache_limit=settings.cache_limit),
             records=text.training,
             held_out_records=text.held_out,
             clock=clock,
+            share_labels=settings.share_labels,
         )
         agent = Agent(conversation, profile, parts)
         finished = _drive(agent, conversation, health_file)

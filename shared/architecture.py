@@ -139,11 +139,6 @@ class ModelArchitecture:
         head = self.head_pieces() if head_on_device else ()
         return pieces + tuple(piece for piece in head if piece not in pieces)
 
-    def back_pieces(self, first_block: int, *, head: bool) -> tuple[str, ...]:
-        """Return the pieces of a server that holds blocks ``first_block`` and up."""
-        blocks = tuple(f"block.{j}" for j in range(first_block, self.block_count))
-        return blocks + (self.head_pieces() if head else ())
-
     def check_split_layer(self, split_layer: int) -> None:
         """Raise PlanError unless 1 <= split layer <= block count."""
         if not 1 <= split_layer <= self.block_count:

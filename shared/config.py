@@ -22,6 +22,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     SecretStr,
+    StringConstraints,
     ValidationError,
     field_serializer,
     field_validator,
@@ -52,6 +53,11 @@ def _check_memory(size: ByteSize) -> ByteSize:
 
 MemoryLimit: TypeAlias = Annotated[ByteSize, AfterValidator(_check_memory)]
 """Bytes, written ``2GiB`` or ``800MB``."""
+
+ComputeDevice: TypeAlias = Annotated[
+    str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
+]
+"""Where torch computes; ``auto``: on the GPU where there is one, else on the CPU."""
 
 PositiveInt: TypeAlias = Annotated[int, Ge(1), Le(2**31 - 1)]
 

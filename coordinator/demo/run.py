@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -123,8 +124,9 @@ def table(summary: Summary, run_folder: Path) -> str:
             *rows,
             "",
             (
-                f"held-out perplexity {summary.perplexity_before:.1f} -> "
-                f"{summary.perplexity_after:.2f} in {summary.steps} steps, {summary.seconds:.0f} s"
+                f"held-out perplexity {summary.perplexity_before or math.nan:.1f} -> "
+                f"{summary.perplexity_after or math.nan:.2f} in {summary.steps} steps, "
+                f"{summary.seconds:.0f} s"
             ),
             (
                 f"over the broker: {summary.bytes_up / 1e6:.1f} MB up, "

@@ -8,11 +8,13 @@ from shared.errors import ConfigError
 BACKENDS = ("torch",)
 
 
-def open_backend(name: str, *, threads: int | None = None) -> Backend:
+def open_backend(name: str, *, device: str | None = None, threads: int | None = None) -> Backend:
     """Return a new backend by name; ``threads``: CPU threads that it may use.
 
+    ``device``: ``cpu``, ``cuda`` or ``cuda:1``; None: the GPU where there is one.
+
     Raises:
-        ConfigError: no such backend, or what it needs is not installed.
+        ConfigError: no such backend, what it needs is not installed, or no such device.
     """
     if name not in BACKENDS:
         raise ConfigError(f"backend {name!r} does not exist; choose one of: {', '.join(BACKENDS)}")
@@ -24,4 +26,4 @@ def open_backend(name: str, *, threads: int | None = None) -> Backend:
             f"backend {name!r} needs {error.name}, which is not installed: "
             f"pip install 'hsplit[{name}]'"
         ) from error
-    return TorchBackend(threads=threads)
+    return TorchBackend(device, threads=threads)

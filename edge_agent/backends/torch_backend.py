@@ -16,6 +16,7 @@ import torch
 from edge_agent.backends.base import FrontBase, MicroBatch, TokenBatch
 from shared.adapters import AdapterState, HeldAdapters
 from shared.errors import ModelError, NumericsError, ProtocolError
+from shared.modeling.compute import compute_device, explained_out_of_memory
 from shared.modeling.lora import dropout_seed
 from shared.modeling.optimizer import AdapterOptimizer
 from shared.modeling.packing import Packing
@@ -24,6 +25,8 @@ from shared.modeling.wire import DTYPES, from_frame, to_frame
 from shared.protocol.messages import DeviceId
 from shared.protocol.tensors import TensorFrame
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
+
+_explained = explained_out_of_memory("this device")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +38,10 @@ class _Kept:
 
 
 class TorchBackend:
-    """A `Backend` in torch. Not thread-safe: it belongs to the agent's own thread."""
+    """A `Backend` in torch. Not thread-safe: it belongs to the agent's own thread.
+
+    Whatever it is asked may also end in a `PlanError`: the memory is full.
+    """
 
     name = "torch"
 
@@ -43,11 +49,13 @@ class TorchBackend:
         """Compute on ``device`` (a torch device); None: CUDA where available, else the CPU.
 
         ``threads``: CPU threads of this whole process; None: as many as torch takes.
+
+        Raises:
+            ConfigError: there is no such device here.
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._device = torch.device(chosen)
+        self._device = compute_device(device)
         self._front: FrontModel | None = None
         self._optimizer: AdapterOptimizer | None = None
         self._training = TrainingTerms()
@@ -60,6 +68,7 @@ class TorchBackend:
         """The GPU's name; None on the CPU."""
         return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else None
 
+    @_explained
     def load(
         self,
         base: FrontBase,
@@ -95,6 +104,7 @@ class TorchBackend:
         self._device_id = device_id
         self._optimizer = AdapterOptimizer(optimizer, total_steps=training.total_steps)
 
+    @_explained
     def set_adapters(self, adapters: HeldAdapters, *, fold: bool) -> None:
         """Replace the named modules' adapters and reset their optimizer moments.
 
@@ -109,6 +119,7 @@ class TorchBackend:
         self.discard()
         self._stepper().follow(front.adapters.parameters())
 
+    @_explained
     def forward(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> TensorFrame:
         """Return the activations (N, D) in the wire dtype.
 
@@ -127,6 +138,7 @@ class TorchBackend:
             self._evaluated[key] = kept
         return frame
 
+    @_explained
     def backward(self, key: MicroBatch, gradient: TensorFrame) -> None:
         """Accumulate adapter gradients from the gradient (N, D) of the activations.
 
@@ -140,6 +152,7 @@ class TorchBackend:
         if hidden_ND.requires_grad:
             torch.autograd.backward(hidden_ND, gradient_ND.to(hidden_ND.dtype))
 
+    @_explained
     def head(
         self, key: MicroBatch, hidden: TensorFrame, *, train: bool
     ) -> tuple[float, TensorFrame | None]:
@@ -164,6 +177,7 @@ class TorchBackend:
         what = f"head gradient of {key}"
         return loss_sum, to_frame(gradient_ND, dtype=self._training.wire_dtype, what=what)
 
+    @_explained
     def whole(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> float:
         """Return the summed loss where the device holds all blocks and the head.
 
@@ -181,6 +195,7 @@ class TorchBackend:
             torch.autograd.backward(loss)
         return loss_sum
 
+    @_explained
     def step(self, step: int, *, target_tokens: int) -> float:
         """Divide the accumulated gradients by ``target_tokens``, clip, take step ``step``.
 

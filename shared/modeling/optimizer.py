@@ -68,10 +68,12 @@ class AdapterOptimizer:
             The norm of all gradients after the division and before clipping.
 
         Raises:
-            NumericsError: nothing to divide by, or a gradient is not finite; nothing changed.
+            NumericsError: nothing to divide by, or a gradient is not finite: the gradients are
+                gone, all else is as before.
         """
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
         if denominator < 1:
+            self.discard()
             raise NumericsError(f"step {step} has no target tokens: there is nothing to learn from")
         if self._torch is None or not gradients:
             return 0.0

@@ -91,7 +91,7 @@ class AnswerBook:
     """The coordinator's side, one per session: what was asked and what was answered."""
 
     _floor: int = 0
-    _pending: set[int] = field(default_factory=set)
+    _pending: dict[int, Call] = field(default_factory=dict)
     _given: dict[int, _Given] = field(default_factory=dict)
 
     def admit(self, call: Call) -> bool:
@@ -110,15 +110,20 @@ class AnswerBook:
         self._forget_below(call.answered_below)
         if call.number < self._floor or call.number in self._pending or call.number in self._given:
             return False
-        self._pending.add(call.number)
+        self._pending[call.number] = call
         return True
 
     def answer(self, topic: Topic, answer: Answer, now_s: float) -> None:
         """Note the answer of a pending call."""
         if answer.call is None:
             raise ProtocolError("an answer without a call")
-        self._pending.discard(answer.call.number)
+        self._pending.pop(answer.call.number, None)
         self._given[answer.call.number] = _Given(topic, answer, now_s)
+
+    @property
+    def pending(self) -> tuple[Call, ...]:
+        """The calls that were admitted and lack their answers: it is our turn."""
+        return tuple(self._pending.values())
 
     def is_pending(self, call: Call) -> bool:
         """Tell whether the call was admitted and still lacks its answer."""
@@ -146,5 +151,5 @@ class AnswerBook:
         if floor <= self._floor:
             return
         self._floor = floor
-        self._pending = {n for n in self._pending if n >= floor}
+        self._pending = {n: call for n, call in self._pending.items() if n >= floor}
         self._given = {n: g for n, g in self._given.items() if n >= floor}

@@ -97,6 +97,7 @@ def agent_filters(device: DeviceId) -> tuple[Filter, ...]:
 def coordinator_filters(run: RunId) -> tuple[Filter, ...]:
     """Return what the coordinator of ``run`` subscribes to."""
     return (
+        Filter(COORDINATOR_STATUS.name),
         *(Filter(f"{ROOT}/devices/+/{kind}") for kind in ("status", "requests", "telemetry")),
         *(
             Filter(f"{ROOT}/runs/{run}/devices/+/{kind}", lane="data")

@@ -116,6 +116,10 @@ class MessageLink:
         for chunk in self._cut(message).sendable():
             self._transport.publish(topic, chunk)
 
+    def announce(self, topic: Topic, payload: bytes) -> None:
+        """Publish a status: plain bytes, so that any MQTT tool can read it."""
+        self._transport.publish(topic, payload)
+
     def receive(self, timeout_s: float) -> LinkEvent | None:
         """Return the next event, waiting up to ``timeout_s``; None if there was none."""
         deadline = self._clock.monotonic_s() + timeout_s

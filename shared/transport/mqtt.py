@@ -43,6 +43,8 @@ SILENCE_S = 3.0
 MAX_UNANSWERED = 8
 """Connections closed without an answer before `start` gives up: about three for each lane."""
 MAX_DEATHS = 3
+EARLY_BYTES = 1024 * 1024
+"""What is kept while the link is not up: every retained status, and little of a stream."""
 
 
 class MqttTransport:
@@ -76,6 +78,7 @@ class MqttTransport:
         self._inbox: Inbox[LaneNotice] = Inbox()
         # What arrived before the link was up: the first lanes deliver while the last connects.
         self._early: deque[TransportEvent] = deque()
+        self._early_bytes = 0
         self._lanes: dict[LaneName, Lane] = {}
         self._ready: set[Lane] = set()
         self._unanswered = 0
@@ -160,12 +163,12 @@ class MqttTransport:
         deadline = time.monotonic() + timeout_s
         while True:
             if self._is_up and self._early:
-                return self._counted(self._early.popleft())
+                return self._taken(self._early.popleft())
             item = self._inbox.take(max(0.0, deadline - time.monotonic()))
             if item is None:
                 return None
             if isinstance(item, Delivery):
-                self._early.append(item)
+                self._keep(item)
                 continue
             event = self._follow(item)
             if event is not None:
@@ -228,7 +231,7 @@ class MqttTransport:
             if item is None:
                 return
             if isinstance(item, Delivery):
-                self._early.append(item)
+                self._keep(item)
                 continue
             if isinstance(item, LaneLost) and not item.answered:
                 self._unanswered += 1
@@ -289,6 +292,8 @@ class MqttTransport:
         if not self._is_up:
             return None
         self._is_up = False
+        self._early.clear()
+        self._early_bytes = 0
         return LinkDown(reason)
 
     def _replace(self, notice: LaneDied) -> None:
@@ -305,8 +310,22 @@ class MqttTransport:
         self._lanes = {**self._lanes, lane.name: lane}
         lane.open()
 
-    def _counted(self, event: TransportEvent) -> TransportEvent:
+    def _keep(self, delivery: Delivery) -> None:
+        """Keep a delivery until it may be told; beyond the limit it is dropped.
+
+        One connection may be down for hours while another delivers. What is dropped here is
+        repeated once the link is up; a retained status would not be, so the first ones stay.
+        """
+        size = HEADER_BYTES + len(delivery.payload)
+        if not self._is_up and self._early_bytes + size > EARLY_BYTES:
+            logger.debug("dropped a payload on %s: the link is not up", delivery.topic)
+            return
+        self._early.append(delivery)
+        self._early_bytes += size
+
+    def _taken(self, event: TransportEvent) -> TransportEvent:
         if isinstance(event, Delivery):
+            self._early_bytes -= HEADER_BYTES + len(event.payload)
             self._bytes_received += len(event.payload)
         return event
 

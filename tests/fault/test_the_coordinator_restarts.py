@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import pytest
 
+from shared.protocol.messages import DeviceId, JoinRequest
+from shared.protocol.topics import device_topic
+from shared.transport.memory import MemoryTransport
 from tests.support.outcomes import LINES, TOLERANCE, USUAL, difference, outcome_of, trio
 from tests.support.simulation import Simulation
+from tests.support.traffic import message_in
 
 LOST = {**USUAL, "min": 2, "expected": 3}
 
@@ -77,6 +81,22 @@ def test_a_device_that_needs_another_block_of_the_server_may_come_after_a_restar
     sim.run()
     assert sim.model.trainer.first_block == 1
     assert outcome_of(sim).tokens["a"] > 0
+
+
+def test_a_request_to_join_from_before_it_died_does_not_unseat_the_device(tmp_path, undisturbed):
+    """The device has joined again by then, as a later session of the same start."""
+    sim = trio(tmp_path)
+    sim.run_to("round 1, step 0")
+    topic = device_topic(DeviceId("a"), "requests")
+    request = next(payload for name, payload in sim.broker.traffic if name == topic.name)
+    assert isinstance(message_in(request), JoinRequest)
+    sim.restart_coordinator()
+    sim.run_to("round 2, step 3")
+    late = MemoryTransport(sim.broker, name="late")
+    late.start((), timeout_s=1)
+    late.publish(topic, request)
+    sim.run()
+    assert difference(outcome_of(sim), undisturbed()) == 0.0
 
 
 def alone(folder, optimizer):

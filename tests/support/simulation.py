@@ -95,6 +95,7 @@ class Simulation:
     faults: Faults | None = None
     model_changes: Mapping[str, Any] = field(default_factory=dict)
     max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
+    share_labels: bool = True
 
     def __post_init__(self) -> None:
         self.clock = FakeClock()
@@ -173,6 +174,7 @@ class Simulation:
             records=loaded.training,
             held_out_records=loaded.held_out,
             clock=self.clock,
+            share_labels=self.share_labels,
         )
         agent = Agent(
             Conversation(device, instance, link, self.clock),

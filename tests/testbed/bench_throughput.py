@@ -152,6 +152,7 @@ def run_split(
         )
         shard = demo.shards()[0]
         flags = ["--evaluation-data", str(shard.held_out), "--threads", str(threads)]
+        flags += ["--share-labels"] if labels == "server" else []
         agent = system.agent(DEVICE, shard.training, *flags)
         if coordinator.wait(600) or agent.wait(60):
             raise SystemExit(f"the run failed:\n{coordinator.text()}\n{agent.text()}")

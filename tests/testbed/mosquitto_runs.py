@@ -63,7 +63,7 @@ def calm_run(url: str, folder: Path) -> Iterator[Calm]:
         run = Calm(system, small_run.write_text(folder / "text"))
         coordinator = system.coordinator(small_run.settings())
         programs = [coordinator, *(_agent(run, device) for device in run.text)]
-        system.wait_for_line(coordinator, "round 1 of")
+        system.wait_for_step(coordinator, 1)
         run.health = health(system)
         run.codes = {one.name: one.wait() for one in programs}
         yield run
@@ -85,7 +85,7 @@ def disturbed_run(url: str, folder: Path) -> Iterator[Disturbed]:
             "no template": _guest(run, "chatty", write_messages(folder / "chats.jsonl")),
         }
         nano = _agent(run, "nano")
-        system.wait_for_line(first, "round 1 aggregated")
+        system.wait_for_step(first, small_run.STEPS + 1)
         first.send(signal.SIGTERM)
         run.stopped = first.wait()
         run.between = [

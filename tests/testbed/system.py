@@ -135,10 +135,23 @@ class System:
 
         wait_until(written, f"{process.name} to write {text!r}", timeout_s=timeout_s)
 
+    def wait_for_step(self, process: Process, step: int, *, timeout_s: float = 90.0) -> None:
+        """Wait until the coordinator ``process`` has closed the run's step ``step`` (from 1)."""
+
+        def closed() -> bool:
+            if process.popen.poll() is not None:
+                raise AssertionError(f"{process.name} ended:\n{process.text()[-3000:]}")
+            path = self.run_folder / "metrics.jsonl"
+            return path.exists() and any(
+                line.get("step", 0) >= step and "train/loss" in line for line in self.metrics()
+            )
+
+        wait_until(closed, f"{process.name} to close step {step}", timeout_s=timeout_s)
+
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of the run's metrics.jsonl."""
-        path = self.run_folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        whole = (self.run_folder / "metrics.jsonl").read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
 
     def summary(self) -> dict[str, Any]:
         """Return the run's summary.json."""

@@ -50,7 +50,7 @@ def over_amqtt(tmp_path_factory) -> Iterator[tuple[System, small_run.Text]]:
             training={"max_length": 128, "labels": "server"},
         )
         coordinator = system.coordinator(settings)
-        agent = system.agent("workstation", text.data, *text.flags())
+        agent = system.agent("workstation", text.data, *text.flags(), "--share-labels")
         codes = [coordinator.wait(), agent.wait()]
         assert codes == [0, 0], coordinator.text() + agent.text()
         yield system, text

@@ -7,8 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from coordinator import exchange
-from coordinator.exchange import Done, Exchange, Failed
+from coordinator.exchange import Done, Exchange, ExchangeLimits, Failed
 from coordinator.membership import StaleRequestError
 from coordinator.planner import DevicePlan
 from coordinator.registry import Member
@@ -64,14 +63,20 @@ def trainer(labels: str) -> ServerTrainer:
 class Server:
     """An exchange in front of a real trainer, and the round that it feeds."""
 
-    def __init__(self, labels: str = "server") -> None:
+    def __init__(self, labels: str = "server", *, open_micro_batches: int = 16) -> None:
         self.labels = labels
         self.nano, self.orin = member(NANO), member(ORIN)
         self.round = Round(2, first_step=FIRST_STEP, steps=STEPS, exchanging=(NANO, ORIN))
         for device in (NANO, ORIN):
             self.round.handle(Evaluated(device))
         self.trainer = trainer(labels)
-        self.exchange = Exchange(self.trainer, self.round)
+        self.exchange = Exchange(
+            self.trainer,
+            self.round,
+            limits=ExchangeLimits(
+                open_micro_batches=open_micro_batches, evaluate_batch=3, max_length=8
+            ),
+        )
         self._calls = 0
 
     def call(self) -> Call:
@@ -207,18 +212,23 @@ def test_further_ahead_or_beyond_the_round_makes_no_sense(step):
         server.exchange.submit(server.nano, server.activations(step))
 
 
+NINE = pack(np.zeros((9, 32), np.float32))
 UNPLANNED = [
-    ({"of": 5}, "micro-batch 0 of 5"),
-    ({"index": 2, "of": 2}, "micro-batch 2 of 2"),
-    ({"lengths": (1, 1, 3)}, "3 sequences of 5 tokens.* in a micro-batch of 2"),
-    ({"target_tokens": 6}, "5 tokens, 6 of them targets"),
+    ({"of": 5}, ProtocolError, "micro-batch 0 of 5"),
+    ({"index": 2, "of": 2}, ProtocolError, "micro-batch 2 of 2"),
+    ({"lengths": (1, 1, 3)}, ProtocolError, "3 sequences of up to 3 tokens, .* most 2 of 8"),
+    ({"lengths": (9,), "hidden": NINE}, ProtocolError, "1 sequences of up to 9 tokens"),
+    ({"lengths": (1,) * 4, "purpose": "evaluate"}, ProtocolError, "4 sequences .* most 3 of 8"),
+    ({"hidden": NINE}, NumericsError, r"\(9,\) activations and 5 targets for 5 tokens"),
+    ({"target_tokens": 6}, NumericsError, "6 targets for 5 tokens"),
+    ({"target_tokens": 4}, NumericsError, "4 targets stated, 5 labels sent"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "says"), UNPLANNED)
-def test_what_was_not_planned_is_refused(changes, says):
+@pytest.mark.parametrize(("changes", "error", "says"), UNPLANNED)
+def test_what_was_not_planned_is_refused_before_it_is_queued(changes, error, says):
     server = Server()
-    with pytest.raises(ProtocolError, match=says):
+    with pytest.raises(error, match=says):
         server.exchange.submit(server.nano, server.activations(**changes))
     assert server.exchange.run_one() is None
 
@@ -320,9 +330,8 @@ def test_what_a_lost_device_had_waiting_or_open_is_gone():
         server.exchange.submit(server.nano, server.gradients())
 
 
-def test_open_micro_batches_are_bounded_and_gradients_make_room(monkeypatch):
-    monkeypatch.setattr(exchange, "MAX_OPEN_MICRO_BATCHES", 1)
-    server = Server("device")
+def test_open_micro_batches_are_bounded_and_gradients_make_room():
+    server = Server("device", open_micro_batches=1)
     server.take(server.nano, server.activations(of=2))
     server.exchange.submit(server.orin, server.activations())
     assert server.exchange.run_one() is None
@@ -331,3 +340,13 @@ def test_open_micro_batches_are_bounded_and_gradients_make_room(monkeypatch):
     assert isinstance(first, Done)
     assert isinstance(second, Done)
     assert (first.member, second.member) == (server.nano, server.orin)
+
+
+def test_what_sets_memory_free_comes_before_what_takes_more():
+    server = Server("device")
+    server.take(server.nano, server.activations(of=2))
+    server.exchange.submit(server.orin, server.activations())
+    server.exchange.submit(server.nano, server.gradients())
+    first = server.exchange.run_one()
+    assert isinstance(first, Done)
+    assert isinstance(first.reply, ActivationGradients)

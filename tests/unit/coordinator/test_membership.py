@@ -268,6 +268,17 @@ def test_a_second_agent_is_held_then_refused_when_the_first_speaks():
     assert world.lost == [], "the first goes on"
 
 
+def test_a_request_that_may_have_been_on_its_way_does_not_decide_against_a_second_agent():
+    world = World()
+    world.join(FIRST)
+    world.clock.advance(1.0)
+    world.join(SECOND)
+    world.clock.advance(1.0)
+    assert world.members.member_of(NANO, FIRST) is not None
+    assert world.beat(SECOND, 0) == [], "still held"
+    assert types(world.tick(LOST_AFTER_S)) == ["welcome"]
+
+
 def test_a_second_agent_takes_the_place_of_a_first_that_stays_silent():
     world = World()
     first = world.member(FIRST)

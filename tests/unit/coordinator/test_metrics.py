@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.metrics import DeviceSummary, MetricsWriter, Summary, read_metrics
+from coordinator.metrics import DeviceSummary, MetricsWriter, Summary
 from shared.errors import StorageError
 from tests.support.fake_clock import FakeClock
+from tests.support.metrics import read_metrics
 
 
 def write_steps(folder, steps, *, resumed_step=None, tensorboard=False):
@@ -74,10 +75,6 @@ def test_tensorboard_shows_the_same_values_and_forgets_what_was_resumed(tmp_path
 def test_without_tensorboard_no_events_are_written(tmp_path):
     write_steps(tmp_path, [1])
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_a_run_that_measured_nothing_has_no_metrics(tmp_path):
-    assert read_metrics(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):

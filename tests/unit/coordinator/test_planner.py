@@ -102,7 +102,7 @@ sizes = st.builds(
     dict,
     micro_batch=st.integers(1, 8),
     in_flight=st.integers(1, 4),
-    lora=st.builds(LoraTerms, r=st.integers(0, 32)),
+    lora=st.builds(LoraTerms, r=st.integers(0, 31)),
 )
 
 

@@ -91,7 +91,7 @@ plan:
     nano: {split_layer: 1, r: 4, rank_pattern: {}, batch: 4, memory_limit: 2GiB}
 """,
     )
-    nano, orin = settings.device(NANO), settings.device(ORIN)
+    nano, orin = settings.device_terms(NANO), settings.device_terms(ORIN)
     assert (nano.split_layer, nano.batch, nano.in_flight) == (1, 4, 2)
     assert nano.micro_batch == 4  # what holds for all cannot exceed the smaller batch
     assert nano.memory_limit_bytes == 2 * 1024**3
@@ -102,11 +102,11 @@ plan:
 
 def test_rank_zero_for_one_device_is_not_mistaken_for_unset(tmp_path):
     settings = load(tmp_path, "plan: {devices: {nano: {r: 0}}}")
-    assert settings.device(NANO).lora.r == 0
+    assert settings.device_terms(NANO).lora.r == 0
 
 
-def test_without_a_micro_batch_the_whole_batch_is_one(tmp_path):
-    assert load(tmp_path, "plan: {batch: 3}").device(NANO).micro_batch == 3
+def test_without_a_micro_batch_the_batch_is_cut_into_what_is_in_flight(tmp_path):
+    assert load(tmp_path, "plan: {batch: 3}").device_terms(NANO).micro_batch == 2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/My model+1", "/models/tiny gpt2/", "x" * 200])

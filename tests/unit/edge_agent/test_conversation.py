@@ -20,6 +20,7 @@ from edge_agent.conversation import (
     refusal_error,
     status_will,
 )
+from edge_agent.coordinator_watch import SILENCE_S
 from shared.errors import (
     BrokerUnreachableError,
     NumericsError,
@@ -46,6 +47,7 @@ from shared.protocol.messages import (
 )
 from shared.protocol.tensors import TensorFrame
 from shared.protocol.topics import (
+    COORDINATOR_STATUS,
     agent_filters,
     coordinator_filters,
     device_topic,
@@ -68,7 +70,8 @@ class Talk:
     def __init__(self, *, is_in: bool = True) -> None:
         self.clock = FakeClock()
         self.broker = MemoryBroker(self.clock)
-        self.coordinator = MessageLink(MemoryTransport(self.broker, name="coordinator"), self.clock)
+        self.coordinator_transport = MemoryTransport(self.broker, name="coordinator")
+        self.coordinator = MessageLink(self.coordinator_transport, self.clock)
         self.coordinator.admit(NANO)
         self.coordinator.start(coordinator_filters(RUN), timeout_s=1)
         self.transport = MemoryTransport(self.broker, name="nano")
@@ -156,7 +159,6 @@ def test_an_answer_of_another_type_is_no_sense():
     ("code", "error"),
     [
         ("device_id_in_use", RefusedError),
-        ("not_wanted", RefusedError),
         ("does_not_fit", PlanError),
         ("bad_request", ProtocolError),
         ("bad_numbers", NumericsError),
@@ -382,6 +384,71 @@ def test_after_a_lost_link_the_device_says_at_once_that_it_lives(caplog):
     assert talk.beats() == [()]
 
 
+@pytest.fixture
+def told(caplog):
+    """Return what the owner of the device was told of the coordinator since the last look."""
+    caplog.set_level("INFO", logger="edge_agent.coordinator_watch")
+
+    def since() -> list[str]:
+        said = [r.getMessage() for r in caplog.records if "coordinator_watch" in r.name]
+        caplog.clear()
+        return said
+
+    return since
+
+
+def status(talk: Talk, **fields: str) -> None:
+    talk.coordinator_transport.publish(COORDINATOR_STATUS, json.dumps(fields).encode())
+    talk.settle()
+
+
+def test_each_change_of_the_coordinators_state_is_told_once(told):
+    talk = Talk(is_in=False)
+    for _ in range(2):
+        status(talk, state="online", run_id="run-1")
+    assert told() == ["the coordinator is online (run run-1)"]
+    for _ in range(2):
+        status(talk, state="offline", run_id="run-1")
+    assert told() == ["the coordinator is offline, waiting for it"]
+    status(talk, state="online", run_id="run-2")
+    assert told() == ["the coordinator is online (run run-2)"]
+
+
+def test_a_broker_without_a_coordinator_is_told_once(told):
+    talk = Talk(is_in=False)
+    talk.clock.advance(SILENCE_S - 0.1)
+    talk.settle()
+    assert told() == []
+    for _ in range(2):
+        talk.clock.advance(SILENCE_S)
+        talk.settle()
+    assert told() == ["no coordinator at this broker yet, waiting"]
+
+
+@pytest.mark.parametrize("sign", ["status", "answer"])
+def test_after_a_sign_of_the_coordinator_its_silence_is_nothing_to_tell(told, sign):
+    talk = Talk(is_in=False)
+    if sign == "status":
+        status(talk, state="online", run_id="run")
+    else:
+        talk.say(Accepted(call=talk.ready().call))
+    told()
+    talk.clock.advance(2 * SILENCE_S)
+    talk.settle()
+    assert told() == []
+
+
+@pytest.mark.parametrize("payload", [b"", b"[]", b'{"state": "online"}', b"\xff", b"[" * 4000])
+def test_an_unreadable_status_of_the_coordinator_says_nothing(told, payload):
+    talk = Talk(is_in=False)
+    talk.coordinator_transport.publish(COORDINATOR_STATUS, payload)
+    talk.settle()
+    assert told() == []
+    talk.clock.advance(SILENCE_S)
+    talk.settle()
+    assert told() == ["no coordinator at this broker yet, waiting"]
+
+
 # --- starts -------------------------------------------------------------------------------------
 
 
@@ -410,6 +477,16 @@ class Ear(MemoryTransport):
             raise BrokerUnreachableError("not now")
         super().publish(topic, payload)
         self.published.release()
+
+
+def test_the_pulse_speaks_only_for_a_session_that_is_in():
+    talk = Talk()
+    live = talk.nano.live_session
+    assert live == talk.nano.session
+    talk.nano.renew()
+    assert talk.nano.live_session is None
+    talk.nano.enter(RUN)
+    assert talk.nano.live_session == talk.nano.session != live
 
 
 def test_the_pulse_goes_on_while_the_owner_computes_and_stops_when_told(monkeypatch):

@@ -146,8 +146,8 @@ def test_with_labels_here_each_micro_batch_goes_out_comes_back_and_goes_out_agai
     assert isinstance(request, HiddenGradients)
     assert (request.round, request.step, request.micro_batch) == (3, 12, 0)
     assert request.loss_sum == 1 + 3 + 5
-    step.answer(0, gradients())
-    assert step.result == LossSum(9.0, 2)
+    step.answer(0, gradients(9.0))
+    assert step.result == LossSum(9.0, 2), "the coordinator's echo of the loss is not added"
     assert step.backend.backwards == {MicroBatch(12, 0): 4.5}
 
 

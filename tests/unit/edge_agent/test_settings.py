@@ -38,6 +38,16 @@ def test_a_memory_limit_is_read_with_its_unit():
     assert load({"HSPLIT_MEMORY_LIMIT": "800MB"}).memory_limit == 800_000_000
 
 
+def test_labels_are_shared_only_where_somebody_says_so():
+    assert load().share_labels is False
+    assert load(share_labels="true").share_labels is True
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+def test_where_to_compute_can_be_said(device):
+    assert load(device=device).device == device
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -49,6 +59,10 @@ def test_a_memory_limit_is_read_with_its_unit():
         {"memory_limit": "2"},
         {"memory_limit": "much"},
         {"threads": 0},
+        {"device": "gpu"},
+        {"device": "cuda:x"},
+        {"cache_limit": "20"},
+        {"share_labels": "perhaps"},
         {"backend": "tensorflow"},
         {"learning_rate": 1},
     ],

@@ -115,14 +115,6 @@ def test_an_untied_head_is_a_piece_of_its_own():
     assert front == ("embeddings", "block.0", "final_norm", "head")
 
 
-def test_front_and_back_hold_every_block_once():
-    front = llama().front_pieces(5, head_on_device=True)
-    back = llama().back_pieces(5, head=False)
-    blocks = [piece for piece in (*front, *back) if piece.startswith("block.")]
-    assert blocks == [f"block.{j}" for j in range(16)]
-    assert gpt2().back_pieces(11, head=True) == ("block.11", "final_norm", "embeddings")
-
-
 @pytest.mark.parametrize("split_layer", [0, 13, -1])
 def test_a_split_layer_outside_the_model_names_both_numbers(split_layer):
     with pytest.raises(PlanError, match=rf"{split_layer} does not exist.*12 blocks"):

@@ -306,7 +306,8 @@ def test_a_status_comes_as_its_plain_bytes_and_its_device():
     orin.vanish()
     assert ends.exchange() == [StatusSeen(ORIN, b"on"), StatusSeen(ORIN, b"x" * 4096)]
     ends.coordinator_transport.publish(COORDINATOR_STATUS, b"up")
-    assert ends.exchange() == [StatusSeen(None, b"up")]
+    # Agents and coordinators both watch the coordinator's status.
+    assert ends.exchange() == [StatusSeen(None, b"up"), StatusSeen(None, b"up")]
 
 
 def test_what_is_on_no_topic_of_ours_is_passed_over():
