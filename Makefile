@@ -72,7 +72,7 @@ check: install ## Format, lint, types, import contracts, spelling, compose files
 check-docker:
 	@if docker compose version >/dev/null 2>&1; then \
 		for file in docker/compose*.yaml; do \
-			HSPLIT_MODEL=/model HSPLIT_DATA=/data docker compose -f "$$file" config --quiet; done; \
+			MODEL_FOLDER=/model DATA_FOLDER=/data docker compose -f "$$file" config --quiet; done; \
 	else echo "NOTE: no docker compose here, so docker/compose*.yaml were not checked"; fi
 	@if command -v hadolint >/dev/null; then hadolint docker/*.Dockerfile; \
 	else echo "NOTE: no hadolint here, so docker/*.Dockerfile were not checked"; fi

@@ -57,9 +57,16 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         "--folder", type=Path, default=Path("runs"), help="where the run's folder goes"
     )
     parser.add_argument("--labels", choices=["device", "server"], default="device")
-    parser.add_argument("--rounds", type=int, default=None, help="fewer rounds than the default")
+    parser.add_argument("--rounds", type=_at_least_one, help="how many rounds (default: 4)")
     _add_logging(parser)
     parser.set_defaults(command=_demo)
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return number
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:

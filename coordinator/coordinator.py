@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from coordinator import answers
 from coordinator.checkpoints import Checkpoint
 from coordinator.exchange import ExchangeLimits, Failed
 from coordinator.global_model import GlobalModel
@@ -17,34 +18,30 @@ from coordinator.membership import Membership, StaleRequestError, refusal_code
 from coordinator.model_store import ModelStore
 from coordinator.planner import DevicePlan, plan_device
 from coordinator.presence import Presence
+from coordinator.quorum import Quorum, Verdict
 from coordinator.registry import Member, Stage
 from coordinator.reporting import Reporter
 from coordinator.round_driver import RoundDriver
 from coordinator.rounds import Round
 from coordinator.settings import CoordinatorSettings
-from coordinator.wire_adapters import to_wire
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
 from shared.errors import HsplitError, ProtocolError, QuorumError
 from shared.protocol.messages import (
     Activations,
-    Assignment,
     DeviceId,
     EvaluationResult,
     Finished,
     HiddenGradients,
     JoinRequest,
     Message,
-    PieceBytes,
     PieceRequest,
     Prepared,
     Ready,
     Refusal,
     Request,
     RoundResult,
-    RoundStart,
 )
-from shared.protocol.tensors import TensorFrame
 from shared.protocol.topics import COORDINATOR_STATUS
 from shared.transport.base import LinkDown, LinkUp
 from shared.transport.link import LinkEvent, MessageLink, Received, StatusSeen, Unreadable
@@ -87,10 +84,8 @@ class Coordinator:
         self._presence = presence
         self._void_rounds = 0
         self._driver: RoundDriver | None = None
-        self._started = False
         self._link_is_up = True
-        self._quorum_since_s: float | None = None
-        self._idle_since_s = clock.monotonic_s()
+        self._quorum = Quorum(settings.devices, clock.monotonic_s())
         self._next_tick_s = clock.monotonic_s()
         self.finished = False
         self.members = Membership(
@@ -160,7 +155,7 @@ class Coordinator:
             self._link_is_up = False
         elif isinstance(event, LinkUp):
             self._link_is_up = True
-            self._idle_since_s = self._clock.monotonic_s()
+            self._quorum.reset(self._clock.monotonic_s())
             self.members.registry.excuse(self._clock.monotonic_s())
 
     def _handle_status(self, event: StatusSeen) -> None:
@@ -194,7 +189,7 @@ class Coordinator:
 
     def _carry_out(self, member: Member, request: Request) -> None:
         if isinstance(request, PieceRequest):
-            self._serve_piece(member, request)
+            self.members.answer(member, answers.piece_bytes(self._store, request))
         elif isinstance(request, Ready):
             self._assign(member, request)
         elif isinstance(request, Prepared):
@@ -209,14 +204,6 @@ class Coordinator:
             self._driver.delivered(member, request)
             member.waiting = request.call
             member.stage = Stage.PREPARED
-
-    def _serve_piece(self, member: Member, request: PieceRequest) -> None:
-        data = self._store.read(request.sha256, offset=request.offset, length=request.length)
-        frame = TensorFrame("uint8", (len(data),), data)
-        self.members.answer(
-            member,
-            PieceBytes(call=request.call, sha256=request.sha256, offset=request.offset, data=frame),
-        )
 
     # --- getting ready ------------------------------------------------------------------------
 
@@ -237,18 +224,8 @@ class Coordinator:
         member.plan_version += 1
         member.stage = Stage.PREPARING
         member.fresh = True
-        self.members.answer(
-            member,
-            Assignment(
-                call=request.call,
-                plan_version=member.plan_version,
-                split_layer=member.plan.split_layer,
-                ranks=dict(member.plan.ranks),
-                batch=member.plan.batch,
-                micro_batch=member.plan.micro_batch,
-                in_flight=member.plan.in_flight,
-            ),
-        )
+        part = answers.assignment(request.call, member.plan, member.plan_version)
+        self.members.answer(member, part)
 
     def _prepared(self, member: Member, request: Prepared) -> None:
         if member.stage is not Stage.PREPARING or request.plan_version != member.plan_version:
@@ -261,38 +238,32 @@ class Coordinator:
         if not self._link_is_up:
             return
         prepared = [m for m in self.members.registry if m.stage is Stage.PREPARED]
-        rules = self._settings.devices
-        now = self._clock.monotonic_s()
-        # The evaluation after the last round takes whoever is there.
-        least = rules.min if self._next_round <= self._settings.rounds.count else 1
-        if len(prepared) < least:
-            self._quorum_since_s = None
-            self._check_quorum(len(prepared), least)
-            return
-        if self._quorum_since_s is None:
-            self._quorum_since_s = now
-        expected = rules.expected or rules.min
-        waited_s = now - self._quorum_since_s
-        if not self._started and len(prepared) < expected and waited_s < rules.wait_s:
-            return
-        self._started = True
-        self._start_round(prepared)
-
-    def _check_quorum(self, prepared: int, least: int) -> None:
-        """End the run where too few devices are ready for too long, and none is on its way."""
-        now = self._clock.monotonic_s()
-        limit = self._settings.devices.join_timeout_s
         on_their_way = [m.asked_s for m in self.members.registry if m.stage is Stage.PREPARING]
-        if now - max([self._idle_since_s, *on_their_way]) <= limit:
-            return
-        if self._next_round > self._settings.rounds.count:
+        # The evaluation after the last round takes whoever is there.
+        least = 1 if self._is_trained else self._settings.devices.min
+        now = self._clock.monotonic_s()
+        verdict = self._quorum.judge(
+            len(prepared), on_their_way=on_their_way, least=least, now_s=now
+        )
+        if verdict is Verdict.START:
+            self._start_round(prepared)
+        elif verdict is Verdict.GIVE_UP:
+            self._give_up(len(prepared), least)
+
+    @property
+    def _is_trained(self) -> bool:
+        return self._next_round > self._settings.rounds.count
+
+    def _give_up(self, prepared: int, least: int) -> None:
+        if self._is_trained:
             logger.warning("nobody is left to evaluate the outcome of the last round")
             self._reporter.not_evaluated()
             self._finish()
             return
         raise QuorumError(
-            f"{prepared} of at least {least} devices were ready within {limit:.0f} s: start more "
-            "agents, or lower devices.min"
+            f"{prepared} of at least {least} devices were ready within "
+            f"{self._settings.devices.join_timeout_s:.0f} s: start more agents, or lower "
+            "devices.min"
         )
 
     # --- rounds -------------------------------------------------------------------------------
@@ -337,15 +308,8 @@ class Coordinator:
 
     def _hand_back(self, member: Member, handed: HandBack, *, first_step: int, steps: int) -> None:
         assert member.waiting is not None  # it is prepared
-        start = RoundStart(
-            call=member.waiting,
-            round=handed.round,
-            first_step=first_step,
-            steps=steps,
-            evaluate=True,
-            adapters=to_wire(handed.adapters_of(member.device_id)),
-            fold=handed.fold,
-            folded_round=0 if member.fresh else handed.round - 1,
+        start = answers.round_start(
+            member.waiting, handed, member.device_id, first_step=first_step, steps=steps
         )
         member.waiting = None
         member.stage = Stage.IN_ROUND if steps else Stage.DONE
@@ -365,7 +329,7 @@ class Coordinator:
         if driver is None or driver.outcome is None:
             return
         self._driver = None
-        self._idle_since_s = self._clock.monotonic_s()
+        self._quorum.reset(self._clock.monotonic_s())
         if driver.round.number > self._settings.rounds.count:
             self._finish()
         elif not driver.outcome.delivered:

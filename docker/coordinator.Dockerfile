@@ -23,8 +23,9 @@ RUN useradd --uid 10001 --create-home hsplit \
     && chown -R 10001 /runs /cache
 USER 10001
 WORKDIR /home/hsplit
-ENV HF_HOME=/cache/huggingface
+# The hub's downloads, and the pieces of the model that devices ask for.
+ENV XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface
 VOLUME ["/runs", "/cache"]
 
 ENTRYPOINT ["hsplit-coordinator"]
-CMD ["run", "/config/run.yaml"]
+CMD ["run", "/config/run.yaml", "--resume"]

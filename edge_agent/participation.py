@@ -73,8 +73,6 @@ class Participation:
         self._architecture = ModelArchitecture.from_config(json.loads(welcome.model.config_json))
         self._head_is_here = welcome.training.labels == "device"
         self._data: Dataset
-        self._base: FrontBase
-        self._folded = False
         self.phase = "fetching the tokenizer"
 
     def tokenise(self) -> Script[None]:
@@ -121,8 +119,7 @@ class Participation:
         names = self._architecture.front_pieces(split_layer, head_on_device=self._head_is_here)
         files = yield from self._fetch(names)
         self._parts.downloads.prune()
-        self._base = FrontBase(self._model.config_json, files, split_layer)
-        self._load()
+        self._load(FrontBase(self._model.config_json, files, split_layer))
         logger.info(
             "prepared: split layer %d of %d, %d adapted modules, %d sequences a step",
             split_layer,
@@ -138,15 +135,14 @@ class Participation:
             )
         )
 
-    def _load(self) -> None:
+    def _load(self, base: FrontBase) -> None:
         self._parts.backend.load(
-            self._base,
+            base,
             device_id=self._conversation.device_id,
             training=self._training,
             lora=self._lora,
             optimizer=self._optimizer,
         )
-        self._folded = False
 
     def _fetch(self, names: Sequence[str]) -> Script[Mapping[str, Path]]:
         """Return these pieces of the base model as verified files, fetching what is missing."""
@@ -175,11 +171,8 @@ class Participation:
         return (yield from self._hand_in(start, total, busy_s))
 
     def _set_adapters(self, start: RoundStart) -> None:
-        if self._folded and start.fold and start.folded_round == 0:
-            self._load()
         held = {adapter.module: _held(adapter) for adapter in start.adapters}
         self._parts.backend.set_adapters(held, fold=start.fold)
-        self._folded = self._folded or start.fold
 
     def _take_step(self, start: RoundStart, step: int, assignment: Assignment) -> Script[LossSum]:
         batches = self._data.micro_batches(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from coordinator import demo as material
 from coordinator import program
+from coordinator.demo import agents
 from coordinator.embedded_broker import EmbeddedBroker
 from coordinator.metrics import Summary
 from coordinator.reporting import ranks_in_short
@@ -40,7 +37,6 @@ PLAN = {
 
 ROUNDS = 4
 STEPS = 30
-STOP_TIMEOUT_S = 15.0
 
 
 def settings(
@@ -60,6 +56,7 @@ def settings(
         ),
         training=TrainingChoices(labels=labels, max_length=256),
         threads=1,
+        device="cpu",
     )
 
 
@@ -74,41 +71,10 @@ def demo(folder: Path, clock: Clock, *, labels: LabelMode, rounds: int | None) -
         wanted = wanted.with_run_id(clock.wall_s())
         print(f"broker: embedded {broker.kind} at {broker.url}; run folder: {wanted.run_folder}")
         print(f"agents write their logs to {wanted.run_folder / 'agents'}")
-        with _agents(wanted.run_folder / "agents", broker.url):
+        with agents.running(wanted.run_folder / "agents", broker.url, labels=labels):
             summary = program.run(wanted, clock, resume=False)
     print(table(summary, wanted.run_folder))
     return summary
-
-
-@contextlib.contextmanager
-def _agents(folder: Path, broker_url: str) -> Iterator[None]:
-    """Run one agent for each shard, as a process of its own; stop those that are left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for shard in material.shards():
-            with (folder / f"{shard.device}.log").open("wb") as log:
-                command = _command(shard, broker_url, folder / shard.device)
-                processes.append(subprocess.Popen(command, stdout=log, stderr=log))
-        yield
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=STOP_TIMEOUT_S)
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(timeout=STOP_TIMEOUT_S)
-
-
-def _command(shard: material.Shard, broker_url: str, state_folder: Path) -> list[str]:
-    return [
-        *(sys.executable, "-m", "edge_agent.cli", "run"),
-        *("--broker", broker_url, "--device-id", shard.device),
-        *("--data", str(shard.training), "--evaluation-data", str(shard.held_out)),
-        *("--state-folder", str(state_folder), "--cache-folder", str(state_folder / "cache")),
-        *("--threads", "1"),
-    ]
 
 
 def table(summary: Summary, run_folder: Path) -> str:

@@ -256,8 +256,8 @@ class RoundStart:
     Steps ``first_step`` … ``first_step + steps - 1`` (``steps`` 0: only evaluate).
     ``adapters`` replaces the named modules' adapters and resets their optimizer moments;
     a module of the plan that is not named keeps both. ``fold``: add each ``frozen`` pair to
-    the base weight instead of holding it (`merge`), on top of what was folded up to round
-    ``folded_round`` (0: on the untouched base).
+    the base weight instead of holding it (`merge`). After an `Assignment` the base is untouched,
+    and everything is named.
     """
 
     type: Literal["round_start"] = "round_start"
@@ -268,7 +268,6 @@ class RoundStart:
     evaluate: bool
     adapters: Adapters
     fold: bool = False
-    folded_round: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

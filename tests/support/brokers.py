@@ -18,6 +18,7 @@ from coordinator.broker_process import mosquitto_path
 from coordinator.embedded_broker import EmbeddedBroker
 
 SHIPPED_CONF = Path(__file__).parents[2] / "docker" / "mosquitto" / "mosquitto.conf"
+TLS_CONF = SHIPPED_CONF.with_name("mosquitto-tls.conf")
 REQUIRED = "HSPLIT_REQUIRE_BROKER"
 START_TIMEOUT_S = 10.0
 
@@ -69,18 +70,21 @@ def adapted(conf: str, settings: Mapping[str, str]) -> str:
 
 
 class Mosquitto:
-    """A mosquitto on a loopback port, with the shipped configuration but for ``settings``.
+    """A mosquitto on a loopback port, with a shipped configuration but for ``settings``.
 
     A context manager. It may be killed and started again on the same port.
     """
 
     kind = "mosquitto"
 
-    def __init__(self, folder: Path, *, scheme: str = "mqtt", **settings: str) -> None:
+    def __init__(
+        self, folder: Path, *, scheme: str = "mqtt", conf: Path = SHIPPED_CONF, **settings: str
+    ) -> None:
         self.port = free_port()
         self.url = f"{scheme}://localhost:{self.port}"
         self.log = folder / "mosquitto.log"
         self._executable = require_mosquitto()
+        self._shipped = conf
         self._conf = folder / "mosquitto.conf"
         self._process: subprocess.Popen[bytes] | None = None
         self.configure(**settings)
@@ -90,7 +94,7 @@ class Mosquitto:
         own = {"listener": f"{self.port} 127.0.0.1"}
         if os.geteuid() == 0:
             own["user"] = "root"  # it would leave root and then not read pytest's folders
-        self._conf.write_text(adapted(SHIPPED_CONF.read_text(), {**own, **settings}))
+        self._conf.write_text(adapted(self._shipped.read_text(), {**own, **settings}))
 
     def __enter__(self) -> Mosquitto:
         self.start()

@@ -70,6 +70,7 @@ def trio(
     labels: str = "device",
     hand_back: str = "residual",
     optimizer: str = "adamw",
+    micro_batch: int = 2,
     in_flight: int = 1,
     rounds: int = 2,
     rules: Mapping[str, Any] = USUAL,
@@ -85,7 +86,12 @@ def trio(
         folder,
         settings={
             "rounds": {"count": rounds, "steps": 2},
-            "plan": {"batch": 4, "micro_batch": 2, "in_flight": in_flight, "devices": PLANS},
+            "plan": {
+                "batch": 4,
+                "micro_batch": micro_batch,
+                "in_flight": in_flight,
+                "devices": PLANS,
+            },
             "lora": {"r": 8, "target_modules": ["c_attn", "c_fc"]},
             "devices": rules,
             "optimizer": {"name": optimizer, "learning_rate": LEARNING_RATE[optimizer]},

@@ -147,7 +147,6 @@ _ALL: tuple[Any, ...] = (
         evaluate=True,
         adapters=(_ADAPTER,),
         fold=True,
-        folded_round=1,
     ),
     Hidden(call=_call(4), hidden=_HIDDEN),
     ActivationGradients(call=_call(5), gradient=_HIDDEN, loss_sum=12.5),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from coordinator import run_folder
 from shared.protocol.messages import DeviceId
 from shared.protocol.topics import device_topic
 from tests.support.brokers import Mosquitto, free_port, write_passwords
@@ -205,8 +206,11 @@ def test_a_missing_settings_file_is_named(tmp_path):
     assert_said(coordinator_main("run", str(missing)), 2, str(missing), "cannot be read")
 
 
-def test_resuming_what_never_ran_is_refused(coordinator):
-    assert_said(coordinator("--resume"), 2, "no checkpoint to resume from")
+def test_two_coordinators_are_kept_out_of_one_run_folder(coordinator, tmp_path):
+    folder = tmp_path / "runs" / "test"
+    with run_folder.locked(folder):
+        said = coordinator()
+    assert_said(said, 2, "another coordinator is at work", str(folder), "another run.id")
 
 
 def test_exporting_from_no_run_is_refused(tmp_path):

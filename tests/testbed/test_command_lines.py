@@ -18,10 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 AGENT = {
     "run": {
         *("--config", "--broker", "--username", "--password-file", "--ca-file", "--device-id"),
-        *("--data", "--evaluation-data", "--evaluation-fraction", "--cache-folder"),
-        *("--state-folder", "--memory-limit", "--threads", "--log-level", "--log-format"),
+        *("--data", "--evaluation-data", "--evaluation-fraction", "--share-labels"),
+        *("--cache-folder", "--cache-limit", "--state-folder", "--memory-limit", "--device"),
+        *("--threads", "--log-level", "--log-format"),
     },
-    "health": {"--state", "--max-age-s"},
+    "health": {"--state", "--device-id", "--max-age-s"},
 }
 COORDINATOR = {
     "run": {

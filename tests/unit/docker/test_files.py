@@ -78,10 +78,11 @@ def test_every_file_that_an_image_copies_is_let_through_and_exists(name: str):
 
 
 def _acl() -> dict[str, list[str]]:
-    conf = (DOCKER / "mosquitto" / "mosquitto.conf").read_text()
+    text = (DOCKER / "mosquitto" / "acl").read_text()
     access: dict[str, list[str]] = {"read": [], "write": []}
-    for kind, pattern in re.findall(r"#   pattern (read|write)\s+(\S+)", conf):
-        access[kind].append(pattern.replace("%u", "nano"))
+    for kind, pattern in re.findall(r"(?m)^pattern (\w+) (\S+)$", text):
+        for one in ("read", "write") if kind == "readwrite" else (kind,):
+            access[one].append(pattern.replace("%u", "nano"))
     return access
 
 
@@ -98,3 +99,31 @@ def test_the_access_list_lets_a_device_write_what_the_coordinator_listens_to_and
         if "/devices/" in one.pattern
     ]
     assert sorted(_acl()["write"]) == sorted(expected)
+
+
+def test_nobody_but_the_coordinator_has_more_than_patterns():
+    text = (DOCKER / "mosquitto" / "acl").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith(("#", "pattern "))]
+    assert lines == ["user coordinator", f"topic readwrite {topics.ROOT}/#"]
+
+
+def test_both_brokers_differ_only_in_who_may_connect():
+    open_, guarded = (
+        (DOCKER / "mosquitto" / name).read_text().split("# --- speed")
+        for name in ("mosquitto.conf", "mosquitto-tls.conf")
+    )
+    assert open_[1] == guarded[1]
+
+
+def test_no_variable_of_compose_is_taken_for_a_setting():
+    """`HSPLIT_…` in somebody's shell would stop both programs."""
+    variables = re.findall(r"\$\{(\w+)", (DOCKER / "compose.yaml").read_text())
+    assert set(variables) == {"MODEL_FOLDER", "DATA_FOLDER", "BROKER_BIND"}
+    makefile = (DOCKER.parent / "Makefile").read_text()
+    assert "MODEL_FOLDER=/model DATA_FOLDER=/data" in makefile
+
+
+def test_an_interrupted_coordinator_goes_on_when_it_is_started_again():
+    command = COMPOSE["services"]["coordinator"]["command"]
+    assert command[-1] == "--resume"
+    assert str(command).replace("'", '"') in (DOCKER / "coordinator.Dockerfile").read_text()

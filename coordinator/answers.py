@@ -1,0 +1,62 @@
+"""What the coordinator answers, as functions of what it knows."""
+
+from __future__ import annotations
+
+from coordinator.handback import HandBack
+from coordinator.model_store import ModelStore
+from coordinator.planner import DevicePlan
+from coordinator.wire_adapters import to_wire
+from shared.errors import ProtocolError
+from shared.protocol.messages import (
+    Assignment,
+    Call,
+    DeviceId,
+    PieceBytes,
+    PieceRequest,
+    RoundStart,
+)
+from shared.protocol.tensors import TensorFrame
+
+MAX_PIECE_BYTES = 4 * 2**20
+"""Given at once: more would keep the one thread, and other devices' answers, waiting."""
+
+
+def piece_bytes(store: ModelStore, request: PieceRequest) -> PieceBytes:
+    """Return the bytes of the base model that were asked for.
+
+    Raises:
+        ProtocolError: no such piece or range, or too much at once.
+    """
+    if request.length > MAX_PIECE_BYTES:
+        raise ProtocolError(f"{request.length} bytes at once, more than {MAX_PIECE_BYTES}")
+    data = store.read(request.sha256, offset=request.offset, length=request.length)
+    frame = TensorFrame("uint8", (len(data),), data)
+    return PieceBytes(call=request.call, sha256=request.sha256, offset=request.offset, data=frame)
+
+
+def assignment(call: Call, plan: DevicePlan, version: int) -> Assignment:
+    """Return a device's part."""
+    return Assignment(
+        call=call,
+        plan_version=version,
+        split_layer=plan.split_layer,
+        ranks=dict(plan.ranks),
+        batch=plan.batch,
+        micro_batch=plan.micro_batch,
+        in_flight=plan.in_flight,
+    )
+
+
+def round_start(
+    call: Call, handed: HandBack, device: DeviceId, *, first_step: int, steps: int
+) -> RoundStart:
+    """Return what a device starts the round from."""
+    return RoundStart(
+        call=call,
+        round=handed.round,
+        first_step=first_step,
+        steps=steps,
+        evaluate=True,
+        adapters=to_wire(handed.adapters_of(device)),
+        fold=handed.fold,
+    )
