@@ -15,7 +15,7 @@
     ├── ProtocolError               14   the other side sent something that makes no sense
     │   ├── CodecError              14   bytes that are no message of ours
     │   └── VersionMismatchError    15   the other side speaks another major version
-    ├── RefusedError                16   the coordinator will not have this device
+    ├── RefusedError                16   the coordinator will not have this device, or it the run
     ├── PortTakenError              17   another program listens there
     ├── StorageError                18   disk full, unwritable folder, damaged checkpoint
     ├── QuorumError                 19   too few devices came, or too few are left
@@ -104,7 +104,7 @@ class VersionMismatchError(ProtocolError):
 
 
 class RefusedError(HsplitError):
-    """The coordinator refused this device; the message says why."""
+    """The coordinator refused this device, or its owner the run; the message says why."""
 
     exit_code = 16
 

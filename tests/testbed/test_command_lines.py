@@ -11,6 +11,8 @@ import pytest
 import coordinator.cli
 import edge_agent.cli
 from shared import errors, program
+from shared.clock import SystemClock
+from shared.health import FILE_NAME, HealthFile
 from tests.testbed.in_process import agent_main, coordinator_main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +66,27 @@ def test_help_and_version_need_nothing_else(main):
     assert "run" in main("--help").output
     assert main("run", "--help").code == 0
     assert main().code == 2
+
+
+def test_health_finds_an_agent_by_its_device_id_as_well_as_by_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    state = tmp_path / "hsplit" / "nano"
+    HealthFile(state / FILE_NAME, SystemClock()).progress("training")
+    by_id, by_folder = (
+        agent_main("health", "--device-id", "nano"),
+        agent_main("health", "--state", str(state)),
+    )
+    assert (by_id.code, by_id.output) == (0, "training: well\n")
+    assert by_folder == by_id
+    assert agent_main("health", "--device-id", "orin").code == errors.UnhealthyError.exit_code
+    assert agent_main("health").code == 2
+    assert agent_main("health", "--device-id", "nano", "--state", str(state)).code == 2
+
+
+def test_consent_is_a_flag_without_a_value(tmp_path):
+    """It fails later, at the data: that is after the settings were read."""
+    flags = ("--broker", "mqtt://x", "--device-id", "nano", "--data", str(tmp_path / "none.jsonl"))
+    assert agent_main("run", *flags, "--share-labels").code == errors.DataError.exit_code
 
 
 def tree(error: type[errors.HsplitError]) -> list[type[errors.HsplitError]]:
