@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +14,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    """Close after every test what the devices of its simulations hold open."""
+    yield
+    simulation = sys.modules.get("tests.support.simulation")
+    if simulation is not None:
+        simulation.close_caches()
 
 
 @pytest.fixture(autouse=True)

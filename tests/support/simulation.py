@@ -74,6 +74,23 @@ def write_text(path: Path, *, lines: int, seed: int) -> Path:
     return path
 
 
+_CACHES: list[ModelCache] = []
+
+
+def _cache(folder: Path) -> ModelCache:
+    _CACHES.append(ModelCache(folder))
+    return _CACHES[-1]
+
+
+def close_caches() -> None:
+    """Let go of the weight files that simulated devices hold, as the end of a process would.
+
+    Thousands of them would push new sockets past 1024, where paho's select() cannot follow.
+    """
+    while _CACHES:
+        _CACHES.pop().close()
+
+
 @dataclass
 class Device:
     """One simulated device; ``parts`` hold its backend, ``gone`` after `Simulation.vanish`."""
@@ -170,7 +187,7 @@ class Simulation:
         link.start(agent_filters(device), timeout_s=1)
         parts = Parts(
             backend=open_backend("torch"),
-            downloads=Downloads(ModelCache(self.folder / f"cache-{name}")),
+            downloads=Downloads(_cache(self.folder / f"cache-{name}")),
             records=loaded.training,
             held_out_records=loaded.held_out,
             clock=self.clock,
