@@ -44,9 +44,7 @@ class Split:
     least_bytes_per_step: float
 
 
-def settings(
-    labels: str, *, steps: int, threads: int, options: argparse.Namespace
-) -> dict[str, Any]:
+def settings(labels: str, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": {"name": str(demo.base_folder())},
         "devices": {"min": 1, "wait_s": 0},
@@ -56,12 +54,12 @@ def settings(
             "micro_batch": options.micro_batch,
             "in_flight": options.in_flight,
         },
-        "rounds": {"count": 1, "steps": steps},
+        "rounds": {"count": 1, "steps": options.steps},
         "lora": {"r": 8, "lora_alpha": 16, "target_modules": list(TARGETS)},
         "optimizer": {"learning_rate": 1e-3},
         "training": {"labels": labels, "max_length": MAX_LENGTH, "wire_dtype": options.wire_dtype},
         "report_to": [],
-        "threads": threads,
+        "threads": options.threads,
     }
 
 
@@ -143,13 +141,10 @@ def run_monolithic(steps: int, threads: int) -> float:
     return float(done.stdout.split()[-1])
 
 
-def run_split(
-    folder: Path, url: str, labels: str, *, steps: int, threads: int, options: argparse.Namespace
-) -> Split:
+def run_split(folder: Path, url: str, labels: str, options: argparse.Namespace) -> Split:
+    steps, threads = options.steps, options.threads
     with System(folder, url) as system:
-        coordinator = system.coordinator(
-            settings(labels, steps=steps, threads=threads, options=options)
-        )
+        coordinator = system.coordinator(settings(labels, options))
         shard = demo.shards()[0]
         flags = ["--evaluation-data", str(shard.held_out), "--threads", str(threads)]
         flags += ["--share-labels"] if labels == "server" else []
@@ -177,26 +172,20 @@ def main() -> None:
     if options.monolithic:
         monolithic(*options.monolithic)
         return
-    rows: list[dict[str, Any]] = []
+    single: dict[int, list[float]] = {threads: [] for threads in options.monolithic_threads}
+    split: dict[str, list[Split]] = {labels: [] for labels in AIMS}
     with tempfile.TemporaryDirectory() as temporary, broker(Path(temporary)) as url:
-        for threads in options.threads:
-            single: list[float] = []
-            split: dict[str, list[Split]] = {labels: [] for labels in AIMS}
-            for repeat in range(options.repeats):
-                for labels in AIMS:
-                    single.append(run_monolithic(options.steps, threads))
-                    folder = Path(temporary) / f"{threads}-{repeat}-{labels}"
-                    split[labels].append(
-                        run_split(
-                            folder,
-                            url,
-                            labels,
-                            steps=options.steps,
-                            threads=threads,
-                            options=options,
-                        )
-                    )
-            rows += [_row(labels, threads, single, split[labels]) for labels in AIMS]
+        for repeat in range(options.repeats):
+            for labels, done in split.items():
+                for threads, measured in single.items():
+                    measured.append(run_monolithic(options.steps, threads))
+                folder = Path(temporary) / f"{repeat}-{labels}"
+                done.append(run_split(folder, url, labels, options))
+    rows = [
+        _row(labels, threads, single[threads], split[labels])
+        for threads in single
+        for labels in AIMS
+    ]
     _report(rows, options)
 
 
@@ -207,7 +196,7 @@ def _row(labels: str, threads: int, single: list[float], split: list[Split]) -> 
     least = split[0].least_bytes_per_step
     return {
         "labels": labels,
-        "threads": threads,
+        "monolithic_threads": threads,
         "ratio": own / reference,
         "aim": AIMS[labels],
         "split_tokens_per_s": own,
@@ -223,16 +212,16 @@ def _row(labels: str, threads: int, single: list[float], split: list[Split]) -> 
 def _report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     print(
         f"split layer {options.split_layer}, batch {BATCH}, micro-batch {options.micro_batch}, "
-        f"{options.in_flight} in flight, {options.wire_dtype} on the wire; "
-        f"median of {options.repeats} runs in turns"
+        f"{options.in_flight} in flight, {options.wire_dtype} on the wire; agent and coordinator "
+        f"with {options.threads} thread(s) each; median of {options.repeats} runs in turns"
     )
     print(
-        f"{'labels':<8}{'threads':>8}{'split tok/s':>13}{'PEFT tok/s':>12}{'ratio':>8}{'aim':>6}"
-        f"{'bytes/step':>12}{'least':>10}{'overhead':>10}"
+        f"{'labels':<8}{'PEFT threads':>13}{'split tok/s':>13}{'PEFT tok/s':>12}{'ratio':>8}"
+        f"{'aim':>6}{'bytes/step':>12}{'least':>10}{'overhead':>10}"
     )
     for row in rows:
         print(
-            f"{row['labels']:<8}{row['threads']:>8}{row['split_tokens_per_s']:>13.0f}"
+            f"{row['labels']:<8}{row['monolithic_threads']:>13}{row['split_tokens_per_s']:>13.0f}"
             f"{row['monolithic_tokens_per_s']:>12.0f}{row['ratio']:>8.2f}{row['aim']:>6.2f}"
             f"{row['bytes_per_step']:>12.0f}{row['least_bytes_per_step']:>10.0f}"
             f"{row['overhead']:>10.2%}"
@@ -246,9 +235,12 @@ def _report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of each process")
+    parser.add_argument("--threads", type=int, default=1, help="of agent and coordinator each")
+    parser.add_argument(
+        "--monolithic-threads", type=int, nargs="+", default=[1, 2], help="of the PEFT loop"
+    )
     parser.add_argument("--split-layer", type=int, default=3)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--in-flight", type=int, default=2)
