@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -54,23 +55,13 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     with run_folder.locked(settings.run_folder), contextlib.ExitStack() as stack:
-        checkpoint = run_folder.opened(settings.run_folder, resume=resume)
-        store = ModelStore.open(
-            settings.model.name,
-            revision=settings.model.revision,
-            cache_folder=base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "pieces",
-        )
-        settings = _with_resolved_model(settings, store)
-        architecture = _checked_architecture(settings, store)
-        if checkpoint is not None:
-            run_folder.check_fits(checkpoint, settings, base=store.fingerprint)
-        _warn_of_labels(settings)
-        run_folder.write_settings(settings)
+        start = _prepared(settings, resume=resume)
+        settings, checkpoint = start.settings, start.checkpoint
         broker = stack.enter_context(_broker(settings))
         presence = Presence(settings.run_id, clock)
         link = _link(broker, presence, clock, stack)
         link.start(coordinator_filters(settings.run_id), timeout_s=broker.connect_timeout_s)
-        model = GlobalModel(settings, store, architecture)
+        model = GlobalModel(settings, start.store, start.architecture)
         if checkpoint is not None:
             model.resume(checkpoint)
         reporter = _reporter(settings, link, clock, checkpoint=checkpoint)
@@ -79,8 +70,8 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
             settings,
             link=link,
             clock=clock,
-            store=store,
-            architecture=architecture,
+            store=start.store,
+            architecture=start.architecture,
             model=model,
             reporter=reporter,
             save_checkpoint=lambda saved: run_folder.save(settings, saved),
@@ -126,6 +117,32 @@ def export(folder: Path, target: Path | None, *, merged: bool) -> Path:
     if not merged:
         return adapter
     return export_merged(adapter, name, target or folder / MERGED, revision=revision)
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """All that is known, and found to fit together, before anything is connected."""
+
+    settings: CoordinatorSettings
+    store: ModelStore
+    architecture: ModelArchitecture
+    checkpoint: Checkpoint | None
+
+
+def _prepared(settings: CoordinatorSettings, *, resume: bool) -> _Start:
+    checkpoint = run_folder.opened(settings.run_folder, resume=resume)
+    store = ModelStore.open(
+        settings.model.name,
+        revision=settings.model.revision,
+        cache_folder=base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "pieces",
+    )
+    settings = _with_resolved_model(settings, store)
+    architecture = _checked_architecture(settings, store)
+    if checkpoint is not None:
+        run_folder.check_fits(checkpoint, settings, base=store.fingerprint)
+    _warn_of_labels(settings)
+    run_folder.write_settings(settings)
+    return _Start(settings, store, architecture, checkpoint)
 
 
 def _with_resolved_model(settings: CoordinatorSettings, store: ModelStore) -> CoordinatorSettings:
