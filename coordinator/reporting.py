@@ -166,7 +166,7 @@ class Reporter:
             self.tallies.perplexity_before = finite
         self.tallies.perplexity_after = finite
         logger.info(
-            "after %d of %d rounds, %d steps: %sheld-out perplexity %.2f on %d devices",
+            "after %d of %d rounds, %d steps: %sheld-out perplexity %.2f (devices: %d)",
             round_ - 1,
             self._of,
             step,
@@ -214,7 +214,7 @@ class Reporter:
         self._advance(step, self._round_loss.value)
         # It waits for the perplexity that belongs to it: one line a round.
         loss = self._round_loss.value
-        self._round_line = f"{len(results)} devices in {seconds:.1f} s, training loss {loss:.3f}, "
+        self._round_line = f"{seconds:.1f} s, training loss {loss:.3f}, "
         logger.debug("round %d aggregated from %s", round_, ", ".join(sorted(results)))
 
     def state(self) -> Mapping[str, Any]:

@@ -85,8 +85,10 @@ def test_stopping_twice_or_before_the_start_does_nothing():
     broker = EmbeddedBroker(prefer="amqtt")
     broker.stop()
     broker.start()
+    assert listens(broker.port)
     broker.stop()
     broker.stop()
+    assert not listens(broker.port)
 
 
 def test_without_mosquitto_amqtt_is_taken_and_mosquitto_cannot_be_asked_for(

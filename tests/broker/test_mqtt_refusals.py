@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -32,6 +31,7 @@ from tests.support.brokers import (
     Mosquitto,
     free_port,
     listens,
+    require_program,
     wait_until,
     write_passwords,
 )
@@ -233,9 +233,7 @@ def test_a_frozen_broker_does_not_hold_up_close(mosquitto: Mosquitto, connect: C
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CA, a server's certificate for `localhost` only, and a client's."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl is not installed")
+    openssl = require_program("openssl")
     folder = tmp_path_factory.mktemp("certificates")
 
     def make(name: str, *more: str) -> None:

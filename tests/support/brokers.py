@@ -25,9 +25,17 @@ START_TIMEOUT_S = 10.0
 
 def require_mosquitto() -> str:
     """Return mosquitto's path; skip the test, or fail where the environment demands it."""
-    path = mosquitto_path()
+    return _required("mosquitto", mosquitto_path())
+
+
+def require_program(name: str) -> str:
+    """Return a program's path; skip the test, or fail where the environment demands it."""
+    return _required(name, shutil.which(name))
+
+
+def _required(name: str, path: str | None) -> str:
     if path is None:
-        reason = "mosquitto is not installed"
+        reason = f"{name} is not installed"
         if os.environ.get(REQUIRED) == "1":
             pytest.fail(f"{reason}, and {REQUIRED}=1", pytrace=False)
         pytest.skip(reason)
@@ -160,8 +168,5 @@ def write_passwords(folder: Path, **users: str) -> Path:
     file = folder / "passwords"
     file.write_text("".join(f"{user}:{password}\n" for user, password in users.items()))
     file.chmod(0o600)
-    tool = shutil.which("mosquitto_passwd")
-    if tool is None:
-        pytest.skip("mosquitto_passwd is not installed")
-    subprocess.run([tool, "-U", str(file)], check=True)
+    subprocess.run([require_program("mosquitto_passwd"), "-U", str(file)], check=True)
     return file
