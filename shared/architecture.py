@@ -7,6 +7,8 @@ With tied embeddings there is no ``head`` piece: the token embedding is the outp
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -71,6 +73,18 @@ class ModelArchitecture:
             linears=family.linears(config, hidden_size),
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of all that decides what a block costs: equal shapes, equal measurements."""
+        shape = (self.family.model_type, self.hidden_size, self.vocab_size, self.tied_embeddings)
+        text = json.dumps([*shape, sorted(self.linears.items())])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def block_parameters(self) -> int:
+        """Weights in the linear modules of one block: all but a few vectors of it."""
+        return sum(features[0] * features[1] for features in self.linears.values())
+
     def block_path(self, block: int) -> str:
         """Return the module path of block ``block`` (counted from 0 over the whole model)."""
         return f"{self.family.blocks}.{block}"
@@ -100,6 +114,15 @@ class ModelArchitecture:
         if inside not in self.linears:
             raise ModelError(f"{module} cannot be adapted; in each block: {_names(self.linears)}")
         return self.linears[inside]
+
+    def full_name(self, stored_name: str) -> str:
+        """Return a stored tensor's name in the causal language model.
+
+        Some checkpoints leave out the first part, GPT-2's own on the hub among them.
+        """
+        prefix = self.family.blocks.partition(".")[0] + "."
+        has_it = stored_name.startswith((prefix, self.family.head + "."))
+        return stored_name if has_it else prefix + stored_name
 
     def piece_of(self, tensor_name: str) -> str | None:
         """Return the piece that holds a tensor of the full model.
@@ -174,6 +197,15 @@ class ModelArchitecture:
                     rank = _checked_rank(module, lora.rank_of(module), features=features)
                     ranks.update({module: rank} if rank else {})
         return ranks
+
+    def adaptable_modules(self, lora: LoraTerms, *, blocks: range) -> tuple[str, ...]:
+        """Return the target modules of ``blocks``, whatever rank they have, also none.
+
+        Raises:
+            PlanError: a target matches no module of the model.
+        """
+        whatever_rank = LoraTerms(r=1, target_modules=lora.target_modules)
+        return tuple(self.target_modules(whatever_rank, blocks=blocks))
 
     def _check_targets(self, targets: tuple[str, ...]) -> None:
         modules = [

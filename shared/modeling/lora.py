@@ -5,7 +5,8 @@ Adapters and residual are float32 whatever the base's dtype, and a product of an
 cast back to it, as in PEFT. Not PEFT itself: it has no frozen residual and no seeded
 dropout, and takes seconds to import on a small device.
 
-Shape suffixes: I input features, O output features, R rank, F rank of the residual, M rows.
+Shape suffixes: I input features, O output features (C some of them), R rank, F rank of the
+residual, M rows.
 """
 
 from __future__ import annotations
@@ -97,6 +98,16 @@ class LoraLinear(nn.Module):
         a_RI, b_OR = (p.detach().cpu().numpy().copy() for p in (self.a_RI, self.b_OR))
         return LoraPair(a_RI, b_OR, self.scaling)
 
+    @torch.no_grad()
+    def effective_CI(self, chunk: slice) -> torch.Tensor:
+        """Return rows ``chunk`` of base + residual + s B A, in float32."""
+        weight_CI = self._weight_OI[chunk].float()
+        if self._frozen_FI is not None and self._frozen_OF is not None:
+            weight_CI = torch.addmm(weight_CI, self._frozen_OF[chunk], self._frozen_FI)
+        if self.a_RI is not None and self.b_OR is not None:
+            weight_CI = torch.addmm(weight_CI, self.b_OR[chunk], self.a_RI, alpha=self.scaling)
+        return weight_CI
+
     def _hold_residual(self, frozen: LoraPair | None) -> None:
         """Keep the residual as factors, or in a second weight where that is no larger.
 
@@ -179,6 +190,13 @@ class PartAdapters:
     def _put(self, name: str, module: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")
         setattr(self._root.get_submodule(parent), leaf, module)
+
+
+def effective_weight_CI(module: LoraLinear | LinearBase, chunk: slice) -> torch.Tensor:
+    """Return rows ``chunk`` of the weight that a module acts with, in float32."""
+    if isinstance(module, LoraLinear):
+        return module.effective_CI(chunk)
+    return _weight_OI(module)[chunk].float()
 
 
 def _weight_OI(base: LinearBase) -> torch.Tensor:

@@ -135,12 +135,16 @@ class FrontModel(ModelPart):
 
     def forward(self, input_ids_N: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Return the activations (N, D) of packed token ids (N,) int64, in the part's dtype."""
+        return self.run_blocks(self.embed(input_ids_N, packing), packing, first=0)
+
+    def embed(self, input_ids_N: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Return what the first block takes in: the embeddings (N, D)."""
         family = self.architecture.family
-        hidden_ND = self.skeleton.get_submodule(family.token_embedding)(input_ids_N)
+        hidden_ND: torch.Tensor = self.skeleton.get_submodule(family.token_embedding)(input_ids_N)
         if family.position_embedding is not None:
             position = self.skeleton.get_submodule(family.position_embedding)
             hidden_ND = hidden_ND + position(packing.positions_N)
-        return self.run_blocks(hidden_ND, packing, first=0)
+        return hidden_ND
 
 
 class BackModel(ModelPart):

@@ -3,7 +3,8 @@
 ``asyncapi.yaml`` follows from `shared.protocol.topics` (addresses, QoS, retain), from
 `shared.protocol.messages` (payloads) and from the two tables here: which message travels on
 which topic, and what answers what. A test keeps the file current, and compares the tables with
-the traffic of a real run. Operations are the coordinator's: it receives what devices send.
+the traffic of a real run. Operations are the coordinator's: it receives what devices send, but
+for ``echo``, which a device sends to itself.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ ANSWERS: Mapping[str, tuple[str, ...]] = {
     "join_request": ("welcome",),
     "piece_request": ("piece_bytes",),
     "ready": ("assignment", "finished"),
-    "prepared": ("round_start", "finished"),
+    "prepared": ("round_start", "assignment", "finished"),
     "activations": ("hidden", "activation_gradients", "evaluated_loss"),
     "hidden_gradients": ("activation_gradients",),
     "evaluation_result": ("accepted",),
@@ -93,6 +94,12 @@ _STATUS: Document = {
             },
         },
     },
+}
+_ECHO: Document = {
+    "name": "echo",
+    "summary": "Any bytes: a device measures its link by what the broker passes back to it.",
+    "contentType": "application/octet-stream",
+    "payload": {"type": "string", "format": "binary"},
 }
 _TENSOR: JsonSchemaValue = {
     "type": "object",
@@ -147,6 +154,7 @@ def _channels() -> Document:
     channels = {
         "coordinatorStatus": _channel(COORDINATOR_STATUS, ("status",)),
         "status": _channel(_topic("status"), ("status",)),
+        "echo": _channel(_topic("echo"), ("echo",)),
     }
     for kind, types in {**FROM_DEVICE, **FROM_COORDINATOR}.items():
         channels[kind] = _channel(_topic(kind), types)
@@ -209,7 +217,7 @@ def _reply(request: str) -> Document:
 
 
 def _messages() -> Document:
-    messages: Document = {"status": _STATUS}
+    messages: Document = {"status": _STATUS, "echo": _ECHO}
     for name, kind in sorted(_types().items()):
         message: Document = {
             "name": name,

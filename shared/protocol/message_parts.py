@@ -31,6 +31,7 @@ Seconds: TypeAlias = Annotated[float, Field(ge=0, lt=1e9, allow_inf_nan=False)]
 Loss: TypeAlias = Annotated[float, Field(ge=0, lt=1e12, allow_inf_nan=False)]
 """A sum of negative log-likelihoods in nats; finite, so a diverged model is refused."""
 Scale: TypeAlias = Annotated[float, Field(gt=0, lt=1e6, allow_inf_nan=False)]
+Score: TypeAlias = Annotated[float, Field(ge=0, lt=1e15, allow_inf_nan=False)]
 Tensor: TypeAlias = InstanceOf[TensorFrame]
 
 
@@ -45,19 +46,6 @@ class Call:
     session: Session
     number: Count
     answered_below: Count = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceProfile:
-    """What a device says of itself when it joins; every measured field is optional."""
-
-    backend: Annotated[str, Field(max_length=64)]
-    hsplit_version: Annotated[str, Field(max_length=64)]
-    machine: Text = ""
-    accelerator: Text | None = None
-    memory_limit_bytes: Positive | Count | None = None
-    sequences: Positive
-    evaluation_sequences: Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ types, so the codec checks them and nobody else does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
@@ -21,7 +21,6 @@ from shared.protocol.message_parts import (
     Count,
     Device,
     DeviceId,
-    DeviceProfile,
     Loss,
     ModelDescription,
     Module,
@@ -29,12 +28,19 @@ from shared.protocol.message_parts import (
     Positive,
     Run,
     RunId,
+    Score,
     Seconds,
     Session,
     SessionId,
     Sha256,
     Tensor,
     Text,
+)
+from shared.protocol.profile import (
+    DataShape,
+    DeviceProfile,
+    Measurements,
+    Telemetry,
 )
 from shared.terms import LoraTerms, OptimizerTerms, Rank, TrainingTerms
 
@@ -78,19 +84,28 @@ class PieceRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """Agent: my data is tokenised, I wait for a part. Answer: `Assignment` or `Finished`."""
+    """Agent: my data is tokenised, I wait for a part. Answer: `Assignment` or `Finished`.
+
+    ``measurements`` where `Welcome` asked for them.
+    """
 
     type: Literal["ready"] = "ready"
     call: Call
+    data: DataShape | None = None
+    measurements: Measurements | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """Agent: the weights of this plan are loaded. Answer: `RoundStart`, when a round starts."""
+    """Agent: the weights of this plan are loaded. Answer: `RoundStart`, when a round starts.
+
+    ``refused``: why they could not be; the answer then is another `Assignment`, or a `Refusal`.
+    """
 
     type: Literal["prepared"] = "prepared"
     call: Call
     plan_version: Count
+    refused: Text | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,11 +116,13 @@ class Activations:
     without padding. ``labels`` (N,) int32 only with `labels: server`: the token to predict at
     each position, -100 where there is none. Answers: training: `ActivationGradients`
     (labels: server) or `Hidden` (labels: device); evaluation: `EvaluatedLoss` or `Hidden`.
+    ``purpose`` probe: as in training, but only to measure how important weights are; nothing
+    is learnt from it.
     """
 
     type: Literal["activations"] = "activations"
     call: Call
-    purpose: Literal["train", "evaluate"]
+    purpose: Literal["train", "evaluate", "probe"]
     round: Count
     step: Count
     micro_batch: Count
@@ -130,13 +147,16 @@ class HiddenGradients:
     micro_batch: Count
     loss_sum: Loss
     gradient: Tensor
+    purpose: Literal["train", "probe"] = "train"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationResult:
     """Agent: summed loss of my held-out part with the state that round ``round`` starts from.
 
-    Answer: `Accepted`.
+    ``importance`` where `RoundStart` asked for a probe: module → Σ_j |w_j ∂L/∂w_j| of the summed
+    loss over ``probe_tokens`` target tokens, for the candidates in this device's front. Answer:
+    `Accepted`.
     """
 
     type: Literal["evaluation_result"] = "evaluation_result"
@@ -145,14 +165,19 @@ class EvaluationResult:
     loss_sum: Loss
     target_tokens: Count
     sequences: Count
+    importance: Annotated[dict[Module, Score], Field(max_length=65_536)] = field(
+        default_factory=dict
+    )
+    probe_tokens: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundResult:
     """Agent: my adapters after the last step of the round, in float32.
 
-    ``loss_sum`` and ``target_tokens`` are sums over the round's training steps. Answer:
-    `RoundStart` of the next round, a new `Assignment`, or `Finished`.
+    ``loss_sum`` and ``target_tokens`` are sums over the round's training steps; ``busy_s`` is how
+    long these took, ``compute_s`` how much of it this device computed. Answer: `RoundStart` of the
+    next round, a new `Assignment`, or `Finished`.
     """
 
     type: Literal["round_result"] = "round_result"
@@ -163,15 +188,17 @@ class RoundResult:
     target_tokens: Count
     steps: Count
     busy_s: Seconds
+    compute_s: Seconds = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
-    """Agent: I live. ``awaiting``: calls that have waited long for an answer."""
+    """Agent: I live, and this is how I am. ``awaiting``: calls that waited long for an answer."""
 
     type: Literal["heartbeat"] = "heartbeat"
     session: Session
     awaiting: Annotated[tuple[Count, ...], Field(max_length=256)] = ()
+    telemetry: Telemetry | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +215,10 @@ class Leave:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Welcome:
-    """Coordinator: you are in; this is the run, its model and its terms."""
+    """Coordinator: you are in; this is the run, its model and its terms.
+
+    ``measure_at``: before `Ready`, measure yourself with this many sequences in a micro-batch.
+    """
 
     type: Literal["welcome"] = "welcome"
     call: Call
@@ -197,6 +227,7 @@ class Welcome:
     training: TrainingTerms
     lora: LoraTerms
     optimizer: OptimizerTerms
+    measure_at: Positive | None = None
 
 
 RefusalCode: TypeAlias = Literal[
@@ -236,7 +267,8 @@ class Assignment:
     """Coordinator: your part. ``ranks`` names every module of your front that is adapted.
 
     Each step takes ``batch`` sequences of your data, cut into micro-batches of at most
-    ``micro_batch``; ``in_flight`` of these may be on their way at once.
+    ``micro_batch``; ``in_flight`` of these may be on their way at once. ``keep``: the blocks
+    are those that you hold; keep them, with their adapters and moments.
     """
 
     type: Literal["assignment"] = "assignment"
@@ -247,6 +279,7 @@ class Assignment:
     batch: Positive
     micro_batch: Positive
     in_flight: Positive = 2
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,8 +289,10 @@ class RoundStart:
     Steps ``first_step`` … ``first_step + steps - 1`` (``steps`` 0: only evaluate).
     ``adapters`` replaces the named modules' adapters and resets their optimizer moments;
     a module of the plan that is not named keeps both. ``fold``: add each ``frozen`` pair to
-    the base weight instead of holding it (`merge`). After an `Assignment` the base is untouched,
-    and everything is named.
+    the base weight instead of holding it (`merge`). After an `Assignment` without ``keep`` the
+    base is untouched, and everything is named. ``first_sequence``: where in the endless order of
+    its sequences the device goes on (None: at ``first_step`` times its batch). ``probe_sequences``: after the evaluation, measure
+    the importance of your weights on this many sequences of your training data.
     """
 
     type: Literal["round_start"] = "round_start"
@@ -268,6 +303,8 @@ class RoundStart:
     evaluate: bool
     adapters: Adapters
     fold: bool = False
+    first_sequence: Count | None = None
+    probe_sequences: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ hsplit/v1/devices/<device>/status                       1   yes       device    
 hsplit/v1/devices/<device>/requests                     1             device       control
 hsplit/v1/devices/<device>/telemetry                    0             device       control
 hsplit/v1/devices/<device>/commands                     1             coordinator  control
+hsplit/v1/devices/<device>/echo                         1             device       data
 hsplit/v1/runs/<run>/devices/<device>/activations       1             device       data
 hsplit/v1/runs/<run>/devices/<device>/adapter           1             device       data
 hsplit/v1/runs/<run>/devices/<device>/gradients         1             coordinator  data
@@ -29,11 +30,11 @@ from shared.protocol.messages import NAME_PATTERN, DeviceId, RunId
 ROOT = "hsplit/v1"
 
 Lane: TypeAlias = Literal["control", "data"]
-DeviceKind: TypeAlias = Literal["status", "requests", "telemetry", "commands"]
+DeviceKind: TypeAlias = Literal["status", "requests", "telemetry", "commands", "echo"]
 RunKind: TypeAlias = Literal["activations", "adapter", "gradients", "handback", "weights"]
 
 _NAME = re.compile(NAME_PATTERN)
-_DEVICE_KINDS: tuple[DeviceKind, ...] = ("status", "requests", "telemetry", "commands")
+_DEVICE_KINDS: tuple[DeviceKind, ...] = ("status", "requests", "telemetry", "commands", "echo")
 _RUN_KINDS: tuple[RunKind, ...] = ("activations", "adapter", "gradients", "handback", "weights")
 
 
@@ -73,6 +74,7 @@ def device_topic(device: DeviceId, kind: DeviceKind) -> Topic:
         f"{ROOT}/devices/{device}/{kind}",
         qos=0 if kind == "telemetry" else 1,
         retain=kind == "status",
+        lane="data" if kind == "echo" else "control",
     )
 
 
@@ -92,6 +94,11 @@ def agent_filters(device: DeviceId) -> tuple[Filter, ...]:
             for kind in ("gradients", "handback", "weights")
         ),
     )
+
+
+def echo_filters(device: DeviceId) -> tuple[Filter, ...]:
+    """Return what a device subscribes to in order to measure its link: its own echo."""
+    return (Filter(device_topic(device, "echo").name, lane="data"),)
 
 
 def coordinator_filters(run: RunId) -> tuple[Filter, ...]:

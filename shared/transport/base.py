@@ -82,6 +82,12 @@ class Transport(Protocol):
             PacketLimitError: the payload is larger than `max_payload_bytes`.
         """
 
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until the broker has acknowledged what was published on the data lane last.
+
+        Returns whether it did in time.
+        """
+
     def receive(self, timeout_s: float) -> TransportEvent | None:
         """Return the next event, waiting up to ``timeout_s`` for one; None if none came.
 

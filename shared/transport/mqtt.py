@@ -174,6 +174,10 @@ class MqttTransport:
             if event is not None:
                 return event
 
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until the broker has acknowledged what was published on the data lane last."""
+        return self._lanes["sending"].flush(timeout_s)
+
     def close(self) -> None:
         """Publish the death notice, disconnect, and stop every thread. May be called twice."""
         if self._is_closed:

@@ -60,6 +60,15 @@ class PahoClient(paho.Client):
             with contextlib.suppress(OSError):  # gone already, which is what was wanted
                 sock.shutdown(socket.SHUT_RDWR)
 
+    def loop_stop(self) -> MQTTErrorCode:
+        """Wait for the network thread to end, and close what woke it.
+
+        paho leaves that pair of sockets to the garbage collector.
+        """
+        code = super().loop_stop()
+        self._reset_sockets(sockpair_only=True)
+        return code
+
     def reconnect(self) -> MQTTErrorCode:
         """Connect again, keeping the reason when that fails."""
         self.reached = False

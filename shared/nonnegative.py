@@ -1,0 +1,63 @@
+"""Least squares without negative coefficients, for a handful of them (numpy has only the plain).
+
+Shape suffixes: P points, C coefficients.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Vector: TypeAlias = npt.NDArray[np.float64]
+
+RIDGE = 1e-7
+"""Weight of a coefficient's price beside the points' errors: decides only what these leave open."""
+TOLERANCE = 1e-10
+
+
+def nonnegative_least_squares(design_PC: Vector, target_P: Vector, prices_C: Vector) -> Vector:
+    """Return x_C ≥ 0 that makes |design x - target|² least, by active sets. float64.
+
+    Where several x do that equally well, the one of least Σ (price_c · |column c| · x_c)². Columns
+    of very different size are no harm; a column of zeros gets 0.
+
+    Method: Lawson and Hanson, Solving Least Squares Problems (1974), chapter 23.
+    """
+    norms_C = np.linalg.norm(design_PC, axis=0)
+    scales_C = np.where(norms_C > 0, norms_C, 1.0)
+    # The price as more rows to satisfy: with them the answer is always unique.
+    rows = np.concatenate([design_PC / scales_C, np.diag(RIDGE * prices_C)])
+    wanted = np.concatenate([target_P, np.zeros(len(prices_C))])
+    return _active_sets(rows, wanted) * (norms_C > 0) / scales_C
+
+
+def _active_sets(rows: Vector, wanted: Vector) -> Vector:
+    x_C = np.zeros(rows.shape[1])
+    free_C = np.zeros(rows.shape[1], dtype=bool)
+    # Each pass frees one coefficient and lowers the error, so no set comes twice; the bound is
+    # for rounding alone.
+    for _ in range(3 * len(x_C)):
+        slope_C = rows.T @ (wanted - rows @ x_C)
+        slope_C[free_C] = -np.inf
+        best = int(np.argmax(slope_C))
+        if slope_C[best] <= TOLERANCE:
+            break
+        free_C[best] = True
+        x_C = _descend(rows, wanted, x_C, free_C)
+    return x_C
+
+
+def _descend(rows: Vector, wanted: Vector, x_C: Vector, free_C: Vector) -> Vector:
+    """Go to the best x of the free coefficients, tying those at 0 that would turn negative."""
+    while True:
+        goal_C = np.zeros_like(x_C)
+        goal_C[free_C] = np.linalg.lstsq(rows[:, free_C], wanted, rcond=None)[0]
+        sinking_C = free_C & (goal_C <= 0)
+        if not sinking_C.any():
+            return goal_C
+        steps = x_C[sinking_C] / (x_C[sinking_C] - goal_C[sinking_C])
+        x_C = x_C + float(np.min(steps, initial=1.0)) * (goal_C - x_C)
+        free_C &= x_C > TOLERANCE * 1e-3
+        x_C = np.where(free_C, x_C, 0.0)
