@@ -92,7 +92,7 @@ class Agent:
         self._conversation.enter(welcome.run_id)
         logger.info("joined run %s (base model %s)", welcome.run_id, welcome.model.name)
         self._participation = Participation(self._conversation, welcome, self._parts)
-        yield from self._participation.tokenise()
+        yield from self._participation.get_ready()
         while True:
             try:
                 return (yield from self._participation.run())

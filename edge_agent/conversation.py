@@ -40,6 +40,7 @@ from shared.protocol.messages import (
     RunId,
     SessionId,
 )
+from shared.protocol.profile import Telemetry
 from shared.protocol.topics import Topic, device_topic, run_topic
 from shared.transport.base import LinkDown, LinkUp, Will
 from shared.transport.link import LinkEvent, MessageLink, Received, StatusSeen, Unreadable
@@ -104,9 +105,22 @@ def status_will(device_id: DeviceId, instance: str) -> Will:
 class Conversation:
     """Calls of one device and their answers, over one link. Belongs to the owner's thread."""
 
-    def __init__(self, device_id: DeviceId, instance: str, link: MessageLink, clock: Clock) -> None:
-        """Start without a session's calls."""
+    def __init__(
+        self,
+        device_id: DeviceId,
+        instance: str,
+        link: MessageLink,
+        clock: Clock,
+        *,
+        telemetry: Callable[[], Telemetry | None] = lambda: None,
+    ) -> None:
+        """Start without a session's calls.
+
+        ``telemetry`` says how the device is, for the heartbeat that is about to be sent, or
+        None if nothing is new. It must not raise; the pulse's thread calls it too.
+        """
         self.device_id = device_id
+        self.telemetry = telemetry
         self._instance = instance
         self._link = link
         self._clock = clock
@@ -234,7 +248,10 @@ class Conversation:
             self._resend(awaiting)
             return
         topic = device_topic(self.device_id, "telemetry")
-        self._link.send_now(topic, Heartbeat(session=self.live_session, awaiting=awaiting))
+        self._link.send_now(
+            topic,
+            Heartbeat(session=self.live_session, awaiting=awaiting, telemetry=self.telemetry()),
+        )
 
     def _handle(self, event: LinkEvent) -> None:
         if isinstance(event, Received):
@@ -303,7 +320,8 @@ class Pulse:
             session = self._conversation.live_session
             if session is None:
                 continue
+            telemetry = self._conversation.telemetry()
             try:
-                self._link.send_now(topic, Heartbeat(session=session))
+                self._link.send_now(topic, Heartbeat(session=session, telemetry=telemetry))
             except HsplitError as error:
                 logger.debug("heartbeat not sent: %s", error)

@@ -18,8 +18,12 @@ import numpy.typing as npt
 
 from edge_agent.backends.base import NO_TARGET, TokenBatch
 from shared.protocol.messages import DeviceId
+from shared.protocol.profile import DataShape
 
 IntArray: TypeAlias = npt.NDArray[np.int32]
+
+_SAMPLED = 1024
+"""Sequences that are looked at to say how much of what is computed is padding."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,19 +91,40 @@ class Dataset:
     seed: int
     device_id: DeviceId
 
-    def micro_batches(self, step: int, *, batch: int, micro_batch: int) -> tuple[TokenBatch, ...]:
-        """Return the ``batch`` sequences of global step ``step``, by at most ``micro_batch``.
+    def micro_batches(
+        self, position: int, *, batch: int, micro_batch: int
+    ) -> tuple[TokenBatch, ...]:
+        """Return ``batch`` sequences from ``position`` on, by at most ``micro_batch``.
 
-        A function of the arguments, the seed and the device id alone (see `step_indices`).
+        A function of the arguments, the seed and the device id alone (see `indices_from`).
         """
-        indices = step_indices(
-            step,
-            batch=batch,
+        indices = indices_from(
+            position,
+            count=batch,
             sequences=len(self.training),
             seed=self.seed,
             device_id=self.device_id,
         )
         return self.training.batches(indices, micro_batch)
+
+    def shape(self, micro_batch: int) -> DataShape:
+        """Return how long the training sequences are, in micro-batches of ``micro_batch``."""
+        lengths = np.diff(self.training.starts)
+        sample = min(len(lengths), _SAMPLED // micro_batch * micro_batch or micro_batch)
+        # As in training: two micro-batches to a step, the longest sequences first.
+        batches = [
+            batch
+            for position in range(0, sample, 2 * micro_batch)
+            for batch in self.micro_batches(
+                position, batch=2 * micro_batch, micro_batch=micro_batch
+            )
+        ]
+        computed = sum(len(batch.lengths) * max(batch.lengths) for batch in batches)
+        return DataShape(
+            mean_length=float(lengths.mean()),
+            padded_length=computed / sum(len(batch.lengths) for batch in batches),
+            longest=int(lengths.max()),
+        )
 
     def evaluation_batches(self, size: int) -> tuple[TokenBatch, ...]:
         """Return every held-out sequence once, at most ``size`` to a micro-batch."""
@@ -108,15 +133,15 @@ class Dataset:
         return self.held_out.batches(range(len(self.held_out)), size)
 
 
-def step_indices(
-    step: int, *, batch: int, sequences: int, seed: int, device_id: DeviceId
+def indices_from(
+    position: int, *, count: int, sequences: int, seed: int, device_id: DeviceId
 ) -> tuple[int, ...]:
-    """Return which of ``sequences`` a step takes: the next ``batch`` of endless shuffled epochs.
+    """Return which of ``sequences`` are the next ``count`` of endless shuffled epochs.
 
     Every epoch holds each sequence once. Nothing is remembered from step to step, so a
     restarted device continues where it was.
     """
-    positions = range(step * batch, (step + 1) * batch)
+    positions = range(position, position + count)
     return tuple(
         int(_epoch_order(seed, device_id, position // sequences, sequences)[position % sequences])
         for position in positions

@@ -1,4 +1,4 @@
-"""One training step and one evaluation on the device, as scripts (`edge_agent.conversation`).
+"""One step, evaluation or probe on the device, as scripts (`edge_agent.conversation`).
 
 Several micro-batches may be on their way at once: while the coordinator works on one, the
 device computes the next. Their order changes nothing (losses are sums).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from edge_agent.backends.base import Backend, MicroBatch, TokenBatch
 from edge_agent.conversation import Conversation, Script
@@ -21,6 +22,9 @@ from shared.protocol.messages import (
     HiddenGradients,
 )
 from shared.protocol.tensors import pack
+
+Purpose: TypeAlias = Literal["train", "evaluate", "probe"]
+"""To learn; to know the held-out loss; to measure importance, which goes as training does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +49,23 @@ class Work:
 
     round: int
     step: int
-    train: bool
+    purpose: Purpose
     batches: Sequence[TokenBatch]
     in_flight: int
     alone: bool
     send_labels: bool
 
+    @property
+    def goes_back(self) -> bool:
+        """Whether gradients come back through the front."""
+        return self.purpose != "evaluate"
+
 
 def run(work: Work, backend: Backend, conversation: Conversation) -> Script[LossSum]:
     """Carry out all micro-batches of ``work``; return their summed loss.
 
-    With ``train``, the backend then holds the summed gradients, ready for its `step`.
+    To train, the backend then holds the summed gradients, ready for its `step`. To probe,
+    it was told so before (`Backend.begin_probe`), and then holds what it measured.
     """
     if work.alone:
         return _run_alone(work, backend)
@@ -66,7 +76,7 @@ def _run_alone(work: Work, backend: Backend) -> LossSum:
     total = LossSum()
     for index, batch in enumerate(work.batches):
         key = MicroBatch(work.step, index)
-        total += LossSum(backend.whole(key, batch, train=work.train), batch.target_tokens)
+        total += LossSum(backend.whole(key, batch, train=work.goes_back), batch.target_tokens)
     return total
 
 
@@ -99,12 +109,12 @@ class _Exchange:
 
     def _send(self, key: MicroBatch, batch: TokenBatch) -> int:
         work = self.work
-        hidden = self.backend.forward(key, batch, train=work.train)
+        hidden = self.backend.forward(key, batch, train=work.goes_back)
         labels = pack(batch.labels) if work.send_labels else None
         return self.conversation.post(
             lambda call: Activations(
                 call=call,
-                purpose="train" if work.train else "evaluate",
+                purpose=work.purpose,
                 round=work.round,
                 step=work.step,
                 micro_batch=key.index,
@@ -130,18 +140,21 @@ class _Exchange:
             raise ProtocolError(f"unexpected answer {type(answer).__name__} to activations")
 
     def _answer_head(self, key: MicroBatch, answer: Hidden) -> None:
-        loss_sum, gradient = self.backend.head(key, answer.hidden, train=self.work.train)
+        work = self.work
+        loss_sum, gradient = self.backend.head(key, answer.hidden, train=work.goes_back)
         self.total += LossSum(loss_sum)
-        if gradient is None:
+        if gradient is None or work.purpose == "evaluate":
             return
+        purpose = work.purpose
         number = self.conversation.post(
             lambda call: HiddenGradients(
                 call=call,
-                round=self.work.round,
-                step=self.work.step,
+                round=work.round,
+                step=work.step,
                 micro_batch=key.index,
                 loss_sum=loss_sum,
                 gradient=gradient,
+                purpose=purpose,
             ),
             kind="activations",
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_agent import local_training
@@ -13,13 +14,15 @@ from edge_agent.backends.base import Backend, FrontBase, TokenBatch
 from edge_agent.conversation import Conversation, Script
 from edge_agent.dataset import Dataset
 from edge_agent.downloads import Downloads
-from edge_agent.local_training import LossSum, Work
+from edge_agent.local_training import LossSum, Purpose, Work
+from edge_agent.profiler import MeasureRequest, Profiler
 from edge_agent.records import Records
+from edge_agent.stopwatch import Stopwatch
 from edge_agent.vocabulary import Vocabulary
 from shared.adapters import LoraPair, ModuleAdapter
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
-from shared.errors import ModelError, ProtocolError, RefusedError
+from shared.errors import ModelError, PlanError, ProtocolError, RefusedError, StorageError
 from shared.protocol.messages import (
     Accepted,
     AdapterTensors,
@@ -33,6 +36,7 @@ from shared.protocol.messages import (
     RoundStart,
     Welcome,
 )
+from shared.protocol.profile import Measurements
 from shared.protocol.tensors import pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -47,12 +51,30 @@ class Parts:
     records: Records
     held_out_records: Records | None
     clock: Clock
+    profiler: Profiler | None = None
+    """Measures this device for one model; None: it says nothing of itself."""
     share_labels: bool = False
     """Whether the owner agreed that the tokens to predict may go to the coordinator."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Probed:
+    """Σ_j |w_j ∂L/∂w_j| by module of the front, for the loss summed over so many tokens."""
+
+    importance: Mapping[str, float] = field(default_factory=dict)
+    target_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Took:
+    """How long the steps of a round took, and how much of it this device computed."""
+
+    busy_s: float
+    compute_s: float
+
+
 class Participation:
-    """One device in one run. `tokenise` first, then `run`, again after each `StaleError`."""
+    """One device in one run. `get_ready` first, then `run`, again after each `StaleError`."""
 
     def __init__(self, conversation: Conversation, welcome: Welcome, parts: Parts) -> None:
         """Read the run's terms.
@@ -72,11 +94,19 @@ class Participation:
         self._pieces = {piece.name: piece for piece in welcome.model.pieces}
         self._architecture = ModelArchitecture.from_config(json.loads(welcome.model.config_json))
         self._head_is_here = welcome.training.labels == "device"
+        self._measure_at = welcome.measure_at
+        self._measurements: Measurements | None = None
+        self._loaded: int | None = None
         self._data: Dataset
         self.phase = "fetching the tokenizer"
 
-    def tokenise(self) -> Script[None]:
-        """Fetch the tokenizer and turn the device's text into tokens."""
+    def get_ready(self) -> Script[None]:
+        """Turn the device's text into tokens, and measure the device where that is wanted."""
+        yield from self._tokenise()
+        if self._measure_at is not None and self._parts.profiler is not None:
+            yield from self._measure(self._measure_at, self._parts.profiler)
+
+    def _tokenise(self) -> Script[None]:
         files = yield from self._fetch(("tokenizer",))
         vocabulary = Vocabulary(files["tokenizer"], self._model)
         length = self._training.max_length
@@ -92,6 +122,21 @@ class Participation:
             len(self._data.training),
             self._data.training.target_tokens,
         )
+
+    def _measure(self, micro_batch: int, profiler: Profiler) -> Script[None]:
+        """Fetch a small front, and let this device measure itself with it."""
+        request = MeasureRequest(
+            config_json=self._model.config_json,
+            training=self._training,
+            lora=self._lora,
+            optimizer=self._optimizer,
+            micro_batch=micro_batch,
+            length=math.ceil(self._data.shape(micro_batch).padded_length),
+        )
+        self.phase = "fetching what is measured"
+        files = yield from self._fetch(profiler.pieces(request))
+        self.phase = "measuring"
+        self._measurements = profiler.measure(request, files)
 
     def run(self) -> Script[Finished]:
         """Ask what to do and do it, until the coordinator says that the run is over."""
@@ -109,31 +154,50 @@ class Participation:
 
     def _ask_ready(self) -> Script[Answer]:
         self.phase = "waiting for the next round"
-        return (yield from self._conversation.ask_any(lambda call: Ready(call=call)))
+        data = self._data.shape(self._measure_at or 1)
+        return (
+            yield from self._conversation.ask_any(
+                lambda call: Ready(call=call, data=data, measurements=self._measurements)
+            )
+        )
 
     # --- preparing ----------------------------------------------------------------------------
 
     def _prepare(self, assignment: Assignment) -> Script[Answer]:
         self.phase = "preparing"
-        split_layer = assignment.split_layer
-        names = self._architecture.front_pieces(split_layer, head_on_device=self._head_is_here)
-        files = yield from self._fetch(names)
-        self._parts.downloads.prune()
-        self._load(FrontBase(self._model.config_json, files, split_layer))
-        logger.info(
-            "prepared: split layer %d of %d, %d adapted modules, %d sequences a step",
-            split_layer,
-            self._architecture.block_count,
-            sum(1 for rank in assignment.ranks.values() if rank),
-            assignment.batch,
-        )
-        self.phase = "prepared"
+        refused: str | None = None
+        if assignment.keep and self._loaded != assignment.split_layer:
+            raise ProtocolError(f"split layer {assignment.split_layer} is not held, to be kept")
+        if not assignment.keep:
+            try:
+                yield from self._hold(assignment.split_layer)
+            except (PlanError, StorageError) as error:
+                logger.warning("split layer %d: %s", assignment.split_layer, error)
+                refused = str(error)[:4000]
+        if refused is None:
+            logger.info(
+                "prepared: split layer %d of %d, %d adapted modules, %d sequences a step",
+                assignment.split_layer,
+                self._architecture.block_count,
+                sum(1 for rank in assignment.ranks.values() if rank),
+                assignment.batch,
+            )
+            self.phase = "prepared"
         version = assignment.plan_version
         return (
             yield from self._conversation.ask_any(
-                lambda call: Prepared(call=call, plan_version=version)
+                lambda call: Prepared(call=call, plan_version=version, refused=refused)
             )
         )
+
+    def _hold(self, split_layer: int) -> Script[None]:
+        """Fetch what this split layer needs, and load it in place of what was held."""
+        names = self._architecture.front_pieces(split_layer, head_on_device=self._head_is_here)
+        files = yield from self._fetch(names)
+        self._parts.downloads.prune()
+        self._loaded = None
+        self._load(FrontBase(self._model.config_json, files, split_layer))
+        self._loaded = split_layer
 
     def _load(self, base: FrontBase) -> None:
         self._parts.backend.load(
@@ -161,14 +225,17 @@ class Participation:
             yield from self._evaluate(start, assignment)
         if start.steps == 0:
             return (yield from self._ask_ready())
-        began_s = self._parts.clock.monotonic_s()
+        clock = self._parts.clock
+        began_s = clock.monotonic_s()
+        computing = Stopwatch(clock)
         total = LossSum()
         for step in range(start.first_step, start.first_step + start.steps):
-            total += yield from self._take_step(start, step, assignment)
+            total += yield from computing.timed(self._take_step(start, step, assignment))
         mean = total.nats / max(1, total.target_tokens)
         logger.info("round %d: %d steps, training loss %.4f", start.round, start.steps, mean)
-        busy_s = self._parts.clock.monotonic_s() - began_s
-        return (yield from self._hand_in(start, total, busy_s))
+        busy_s = clock.monotonic_s() - began_s
+        took = _Took(busy_s, computing.seconds)
+        return (yield from self._hand_in(start, total, took))
 
     def _set_adapters(self, start: RoundStart) -> None:
         held = {adapter.module: _held(adapter) for adapter in start.adapters}
@@ -176,17 +243,21 @@ class Participation:
 
     def _take_step(self, start: RoundStart, step: int, assignment: Assignment) -> Script[LossSum]:
         batches = self._data.micro_batches(
-            step, batch=assignment.batch, micro_batch=assignment.micro_batch
+            _position(start, assignment, step),
+            batch=assignment.batch,
+            micro_batch=assignment.micro_batch,
         )
-        work = self._work(start, assignment, step=step, batches=batches, train=True)
+        work = self._work(start, assignment, step=step, batches=batches, purpose="train")
         loss = yield from local_training.run(work, self._parts.backend, self._conversation)
         self._parts.backend.step(step, target_tokens=loss.target_tokens)
         return loss
 
     def _evaluate(self, start: RoundStart, assignment: Assignment) -> Script[None]:
         batches = self._data.evaluation_batches(self._training.evaluate_batch)
-        work = self._work(start, assignment, step=start.first_step, batches=batches, train=False)
+        step = start.first_step
+        work = self._work(start, assignment, step=step, batches=batches, purpose="evaluate")
         loss = yield from local_training.run(work, self._parts.backend, self._conversation)
+        probed = yield from self._probe(start, assignment)
         yield from self._conversation.ask(
             lambda call: EvaluationResult(
                 call=call,
@@ -194,9 +265,26 @@ class Participation:
                 loss_sum=loss.nats,
                 target_tokens=loss.target_tokens,
                 sequences=sum(len(batch.lengths) for batch in batches),
+                importance=dict(probed.importance),
+                probe_tokens=probed.target_tokens,
             ),
             Accepted,
         )
+
+    def _probe(self, start: RoundStart, assignment: Assignment) -> Script[_Probed]:
+        """Measure how much the front's weights matter, on what is trained on next."""
+        count = min(start.probe_sequences, len(self._data.training))
+        if not count:
+            return _Probed()
+        step, backend = start.first_step, self._parts.backend
+        position = _position(start, assignment, step)
+        micro_batch = assignment.micro_batch
+        batches = self._data.micro_batches(position, batch=count, micro_batch=micro_batch)
+        blocks = range(assignment.split_layer)
+        backend.begin_probe(self._architecture.adaptable_modules(self._lora, blocks=blocks))
+        work = self._work(start, assignment, step=step, batches=batches, purpose="probe")
+        loss = yield from local_training.run(work, backend, self._conversation)
+        return _Probed(backend.end_probe(), loss.target_tokens)
 
     def _work(
         self,
@@ -205,20 +293,20 @@ class Participation:
         *,
         step: int,
         batches: Sequence[TokenBatch],
-        train: bool,
+        purpose: Purpose,
     ) -> Work:
         holds_all = assignment.split_layer == self._architecture.block_count
         return Work(
             round=start.round,
             step=step,
-            train=train,
+            purpose=purpose,
             batches=batches,
             in_flight=assignment.in_flight,
             alone=self._head_is_here and holds_all,
             send_labels=not self._head_is_here,
         )
 
-    def _hand_in(self, start: RoundStart, total: LossSum, busy_s: float) -> Script[Answer]:
+    def _hand_in(self, start: RoundStart, total: LossSum, took: _Took) -> Script[Answer]:
         self.phase = f"round {start.round} handed in"
         pairs = self._parts.backend.adapters()
         adapters = tuple(_on_wire(module, pair) for module, pair in pairs.items())
@@ -231,11 +319,19 @@ class Participation:
                     loss_sum=total.nats,
                     target_tokens=total.target_tokens,
                     steps=start.steps,
-                    busy_s=busy_s,
+                    busy_s=took.busy_s,
+                    compute_s=took.compute_s,
                 ),
                 kind="adapter",
             )
         )
+
+
+def _position(start: RoundStart, assignment: Assignment, step: int) -> int:
+    """Return where in the endless order of its sequences the device takes a step's batch."""
+    if start.first_sequence is None:
+        return step * assignment.batch
+    return start.first_sequence + (step - start.first_step) * assignment.batch
 
 
 def _check_consent(welcome: Welcome, *, agreed: bool) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import platform
 
-from edge_agent import records
+from edge_agent import link_probe, records
 from edge_agent.agent import Agent
 from edge_agent.backends import open_backend
 from edge_agent.conversation import Conversation, Pulse, new_instance, status_will
 from edge_agent.downloads import Downloads
+from edge_agent.emulation import EmulatedLink, emulated, link_of, over_link
 from edge_agent.model_cache import ModelCache
 from edge_agent.participation import Parts
+from edge_agent.profile_cache import FOLDER, ProfileCache
+from edge_agent.profiler import Machine, Profiler, tolerant
+from edge_agent.sensors import Sensors, open_sensors
 from edge_agent.settings import AgentSettings
+from edge_agent.telemetry import PacedTelemetry
 from shared import health, logs, version
 from shared.clock import Clock
 from shared.errors import HsplitError
@@ -35,31 +41,40 @@ def run(settings: AgentSettings, clock: Clock) -> int:
         HsplitError: the data is unusable, the broker or the coordinator refuses, and so on.
     """
     logs.bind(device_id=settings.device_id)
+    if settings.emulation is not None:
+        logger.info("playing a smaller device: %s", settings.emulation)
     # First the text: whoever has to correct a line need not wait for torch or a broker.
     text = records.load(
         settings.data,
         evaluation_data=settings.evaluation_data,
         evaluation_fraction=settings.evaluation_fraction,
     )
+    sensors = open_sensors(gpu=settings.gpu)
     device = None if settings.device == "auto" else settings.device
-    backend = open_backend(settings.backend, device=device, threads=settings.threads)
+    own = open_backend(settings.backend, device=device, threads=settings.threads)
+    backend = emulated(own, settings.emulation)
     profile = DeviceProfile(
         backend=backend.name,
         hsplit_version=version.VERSION,
         machine=f"{platform.machine()} {platform.system()}",
         accelerator=backend.accelerator,
-        memory_limit_bytes=settings.memory_limit,
+        memory_limit_bytes=settings.least_memory,
         sequences=len(text.training),
         evaluation_sequences=0 if text.held_out is None else len(text.held_out),
+        facts=sensors.facts(),
     )
     with contextlib.ExitStack() as stack:
+        stack.callback(sensors.close)
         health_file = health.HealthFile(settings.health_file, clock)
         stack.callback(health_file.close)
         cache = ModelCache(settings.cache_folder)
         stack.callback(cache.close)
         instance = new_instance()
-        link = _connected(settings, instance, clock, stack)
-        conversation = Conversation(settings.device_id, instance, link, clock)
+        emulated_link = link_of(settings.emulation)
+        link = _connected(settings, instance, clock, emulated_link=emulated_link, stack=stack)
+        read = functools.partial(sensors.read, on_gpu=backend.accelerator is not None)
+        telemetry = PacedTelemetry(read, clock).due
+        conversation = Conversation(settings.device_id, instance, link, clock, telemetry=telemetry)
         pulse = Pulse(conversation, link)
         pulse.start()
         stack.callback(pulse.stop)
@@ -69,6 +84,7 @@ def run(settings: AgentSettings, clock: Clock) -> int:
             records=text.training,
             held_out_records=text.held_out,
             clock=clock,
+            profiler=_profiler(settings, sensors, clock, emulated_link),
             share_labels=settings.share_labels,
         )
         agent = Agent(conversation, profile, parts)
@@ -77,15 +93,37 @@ def run(settings: AgentSettings, clock: Clock) -> int:
     return FAILED_RUN if finished.failed else 0
 
 
+def _profiler(
+    settings: AgentSettings,
+    sensors: Sensors,
+    clock: Clock,
+    emulated_link: EmulatedLink | None,
+) -> Profiler:
+    measure_link = link_probe.measurer(
+        settings.broker, settings.device_id, clock=clock, emulated=emulated_link
+    )
+    return Profiler(
+        Machine.of(settings),
+        sensors,
+        ProfileCache(settings.state / FOLDER),
+        measure_link=tolerant(measure_link),
+    )
+
+
 def _connected(
-    settings: AgentSettings, instance: str, clock: Clock, stack: contextlib.ExitStack
+    settings: AgentSettings,
+    instance: str,
+    clock: Clock,
+    *,
+    emulated_link: EmulatedLink | None,
+    stack: contextlib.ExitStack,
 ) -> MessageLink:
     transport = MqttTransport(
         settings.broker,
         client_name=f"hsplit-{settings.device_id}",
         will=status_will(settings.device_id, instance),
     )
-    link = MessageLink(transport, clock)
+    link = MessageLink(over_link(transport, emulated_link), clock)
     link.admit(settings.device_id)
     stack.callback(link.close)
     link.start(agent_filters(settings.device_id), timeout_s=settings.broker.connect_timeout_s)

@@ -1,23 +1,29 @@
-"""What an agent can be told: `AgentSettings`."""
+"""What an agent can be told: `AgentSettings`, and `ProfileSettings` for measuring alone."""
 
 from __future__ import annotations
 
+import re
+import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from edge_agent.emulation import Emulation, parse_emulation
 from shared import health
 from shared.config import (
     BrokerSettings,
     ComputeDevice,
     HsplitSettings,
     MemoryLimit,
+    PositiveInt,
     UserPath,
     base_folder,
 )
-from shared.protocol.messages import Device
+from shared.errors import ConfigError
+from shared.protocol.messages import Device, DeviceId
+from shared.terms import LabelMode
 
 
 def _cache_folder() -> Path:
@@ -29,23 +35,25 @@ def default_state_folder(device_id: str) -> Path:
     return base_folder("XDG_STATE_HOME", "~/.local/state") / "hsplit" / device_id
 
 
-class AgentSettings(HsplitSettings):
-    """Everything that the owner of a device decides; the run's terms come from the coordinator.
+def _check_emulation(text: str) -> str:
+    try:
+        parse_emulation(text)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return text
 
-    ``data`` is a JSONL file. Its share ``evaluation_fraction`` is held out, unless
-    ``evaluation_data`` is a file of its own. ``cache_folder`` keeps the base weights and may
-    be shared by agents, and shrinks to ``cache_limit`` where one is given; ``state_folder``
-    belongs to one agent alone. ``memory_limit`` is what training may use; ``device`` where it
-    computes (auto: on the GPU where there is one); ``threads`` the CPU threads (None: the
-    backend's choice). ``share_labels`` is the owner's consent to `labels: server`.
+
+class DeviceSettings(HsplitSettings):
+    """What the owner of a device decides of it, whatever it is to do.
+
+    ``cache_folder`` keeps the base weights and may be shared by agents, and shrinks to
+    ``cache_limit`` where one is given; ``state_folder`` belongs to one agent alone.
+    ``memory_limit`` is what training may use; ``device`` where it computes (auto: on the GPU
+    where there is one); ``threads`` the CPU threads (None: the backend's choice). ``emulate``
+    plays a smaller device (`edge_agent.emulation`).
     """
 
-    broker: BrokerSettings
     device_id: Device
-    data: UserPath
-    evaluation_data: UserPath | None = None
-    evaluation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
-    share_labels: bool = False
     cache_folder: UserPath = Field(default_factory=_cache_folder)
     cache_limit: MemoryLimit | None = None
     state_folder: UserPath | None = None
@@ -53,6 +61,23 @@ class AgentSettings(HsplitSettings):
     device: ComputeDevice = "auto"
     memory_limit: MemoryLimit | None = None
     threads: Annotated[int, Ge(1), Le(1024)] | None = None
+    emulate: Annotated[str, AfterValidator(_check_emulation)] | None = None
+
+    @property
+    def emulation(self) -> Emulation | None:
+        """The smaller device to play; None: none."""
+        return None if self.emulate is None else parse_emulation(self.emulate)
+
+    @property
+    def least_memory(self) -> int | None:
+        """What training may use: the owner's limit, or the played device's memory if smaller."""
+        played = None if self.emulation is None else self.emulation.memory_bytes
+        return min((int(one) for one in (self.memory_limit, played) if one), default=None)
+
+    @property
+    def gpu(self) -> int | None:
+        """CUDA's number of the GPU to compute on, should there be one; None: the CPU is wanted."""
+        return None if self.device == "cpu" else int(self.device.partition(":")[2] or 0)
 
     @property
     def state(self) -> Path:
@@ -63,3 +88,44 @@ class AgentSettings(HsplitSettings):
     def health_file(self) -> Path:
         """The file that ``hsplit-agent health`` looks at."""
         return self.state / health.FILE_NAME
+
+
+class AgentSettings(DeviceSettings):
+    """Everything that the owner of a device decides; the run's terms come from the coordinator.
+
+    ``data`` is a JSONL file. Its share ``evaluation_fraction`` is held out, unless
+    ``evaluation_data`` is a file of its own. ``share_labels`` is the owner's consent to
+    `labels: server`.
+    """
+
+    broker: BrokerSettings
+    data: UserPath
+    evaluation_data: UserPath | None = None
+    evaluation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
+    share_labels: bool = False
+
+
+def host_name() -> DeviceId:
+    """Return this machine's name as a device id: what an id may not hold is replaced."""
+    allowed = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())
+    return DeviceId(allowed.lstrip("._-")[:64] or "device")
+
+
+class ProfileSettings(DeviceSettings):
+    """What ``hsplit-agent profile`` can be told.
+
+    ``model`` is a folder or a hub name; None: only what sensors say, and the link. Measured are
+    micro-batches of ``micro_batch`` sequences of ``length`` tokens under ``labels``. An agent's
+    own settings file serves as well: text is not looked at.
+    """
+
+    device_id: Device = Field(default_factory=host_name)
+    broker: BrokerSettings | None = None
+    model: str | None = None
+    labels: LabelMode = "device"
+    micro_batch: Annotated[PositiveInt, Le(4096)] = 4
+    length: Annotated[PositiveInt, Le(1_048_576)] = 128
+    data: UserPath | None = None
+    evaluation_data: UserPath | None = None
+    evaluation_fraction: float = 0.1
+    share_labels: bool = False

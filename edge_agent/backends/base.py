@@ -5,7 +5,7 @@ The agent speaks to every backend in numpy and `TensorFrame`, so it never import
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.adapters import AdapterState, HeldAdapters
+from shared.memory_use import AcceleratorMemory
 from shared.protocol.messages import DeviceId
 from shared.protocol.tensors import TensorFrame
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
@@ -123,8 +124,35 @@ class Backend(Protocol):
         Returns the gradient norm before clipping.
         """
 
+    def begin_probe(self, modules: Collection[str]) -> None:
+        """From now on measure how much these linear modules matter, until `end_probe`.
+
+        In between, training micro-batches teach nothing: ``forward``, ``head``, ``backward``
+        and ``whole`` go as with ``train``, but without dropout, and adapters, accumulated
+        gradients and optimizer stay as they are. `discard` gives the probe up.
+
+        Raises:
+            ProtocolError: a micro-batch or a probe is open, or a name is no linear module here.
+        """
+
+    def end_probe(self) -> Mapping[str, float]:
+        """Return Σ_j |w_j ∂L/∂w_j| of the summed loss by module, added up over micro-batches.
+
+        Raises:
+            ProtocolError: a micro-batch is still open, or there is no probe.
+        """
+
     def discard(self) -> None:
-        """Forget all kept micro-batches and accumulated gradients of the open step."""
+        """Forget all kept micro-batches, accumulated gradients and a probe."""
 
     def adapters(self) -> AdapterState:
         """Return copies of the trainable pairs, float32, by full module path."""
+
+    def wait(self) -> None:
+        """Return when all that was asked for is done: an accelerator works on by itself."""
+
+    def restart_memory_peak(self) -> None:
+        """Finish what is under way, give back unused memory, count an accelerator's peak anew."""
+
+    def accelerator_memory(self) -> AcceleratorMemory | None:
+        """Return what is used of an accelerator's memory; None where the CPU computes."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ import torch
 from edge_agent.backends.base import FrontBase, MicroBatch, TokenBatch
 from shared.adapters import AdapterState, HeldAdapters
 from shared.errors import ModelError, NumericsError, ProtocolError
+from shared.memory_use import AcceleratorMemory
+from shared.modeling.accelerator import TorchMemory, wait_for
 from shared.modeling.compute import compute_device, explained_out_of_memory
+from shared.modeling.importance import WatchedForward, linear_module, watching
 from shared.modeling.lora import dropout_seed
 from shared.modeling.optimizer import AdapterOptimizer
 from shared.modeling.packing import Packing
@@ -29,12 +33,24 @@ from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
 _explained = explained_out_of_memory("this device")
 
 
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """The modules whose importance is measured, and what it came to so far."""
+
+    modules: tuple[str, ...]
+    sums: dict[str, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kept:
-    """What backward and head still need of one micro-batch: the graph hangs on ``hidden_ND``."""
+    """What backward and head still need of one micro-batch: the graph hangs on ``hidden_ND``.
+
+    ``watched`` where it is of a probe.
+    """
 
     hidden_ND: torch.Tensor
     labels_N: torch.Tensor
+    watched: WatchedForward | None = None
 
 
 class TorchBackend:
@@ -56,12 +72,14 @@ class TorchBackend:
         if threads is not None:
             torch.set_num_threads(threads)
         self._device = compute_device(device)
+        self._memory = TorchMemory(self._device)
         self._front: FrontModel | None = None
         self._optimizer: AdapterOptimizer | None = None
         self._training = TrainingTerms()
         self._device_id = DeviceId("")
         self._trained: dict[MicroBatch, _Kept] = {}
         self._evaluated: dict[MicroBatch, _Kept] = {}
+        self._probe: _Probe | None = None
 
     @property
     def accelerator(self) -> str | None:
@@ -146,11 +164,10 @@ class TorchBackend:
             NumericsError: wrong shape or dtype, NaN or infinity; nothing was accumulated.
             ProtocolError: no such micro-batch is open.
         """
-        hidden_ND = _find(self._trained, key).hidden_ND
-        gradient_ND = self._receive(gradient, hidden_ND, what=f"gradient of {key}")
+        kept = _find(self._trained, key)
+        gradient_ND = self._receive(gradient, kept.hidden_ND, what=f"gradient of {key}")
         del self._trained[key]
-        if hidden_ND.requires_grad:
-            torch.autograd.backward(hidden_ND, gradient_ND.to(hidden_ND.dtype))
+        self._go_back(kept, kept.hidden_ND, gradient_ND.to(kept.hidden_ND.dtype), what=str(key))
 
     @_explained
     def head(
@@ -191,8 +208,8 @@ class TorchBackend:
         with torch.set_grad_enabled(train):
             loss = self._loaded().loss_sum(kept.hidden_ND, kept.labels_N)
         loss_sum = _finite(float(loss.detach()), key)
-        if train and loss.requires_grad:
-            torch.autograd.backward(loss)
+        if train:
+            self._go_back(kept, loss, None, what=str(key))
         return loss_sum
 
     @_explained
@@ -206,16 +223,52 @@ class TorchBackend:
         """
         return self._stepper().step(step, denominator=target_tokens)
 
+    def begin_probe(self, modules: Collection[str]) -> None:
+        """From now on measure how much these linear modules matter, until `end_probe`.
+
+        Raises:
+            ProtocolError: a micro-batch or a probe is open, or a name is no linear module here.
+        """
+        if self._trained or self._probe is not None:
+            raise ProtocolError("a probe cannot begin: micro-batches or another probe are open")
+        for name in modules:
+            linear_module(self._loaded().skeleton, name)
+        self._probe = _Probe(tuple(modules))
+
+    def end_probe(self) -> Mapping[str, float]:
+        """Return Σ_j |w_j ∂L/∂w_j| of the summed loss by module, added up over micro-batches.
+
+        Raises:
+            ProtocolError: a micro-batch is still open, or there is no probe.
+        """
+        if self._trained or self._probe is None:
+            raise ProtocolError("no probe can end: there is none, or its micro-batches are open")
+        sums, self._probe = self._probe.sums, None
+        return sums
+
     def discard(self) -> None:
-        """Forget all kept micro-batches and accumulated gradients of the open step."""
+        """Forget all kept micro-batches, accumulated gradients and a probe."""
         self._trained.clear()
         self._evaluated.clear()
+        self._probe = None
         if self._optimizer is not None:
             self._optimizer.discard()
 
     def adapters(self) -> AdapterState:
         """Return copies of the trainable pairs, float32, by full module path."""
         return self._loaded().adapters.read()
+
+    def wait(self) -> None:
+        """Return when all that was asked for is done: a GPU works on by itself."""
+        wait_for(self._device)
+
+    def restart_memory_peak(self) -> None:
+        """Finish what is under way, give back unused memory, count the GPU's peak anew."""
+        self._memory.restart_memory_peak()
+
+    def accelerator_memory(self) -> AcceleratorMemory | None:
+        """Return what is used of the GPU's memory; None on the CPU."""
+        return self._memory.accelerator_memory()
 
     def _run(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> _Kept:
         front = self._loaded()
@@ -227,11 +280,27 @@ class TorchBackend:
             micro_batch=key.index,
             side="device",
         )
-        front.adapters.dropout.begin(seed if train else None)
+        front.adapters.dropout.begin(seed if train and self._probe is None else None)
+        input_ids_N, labels_N = self._tokens(batch.input_ids), self._tokens(batch.labels)
+        packing = Packing.of(batch.lengths, device=self._device)
+        if train and self._probe is not None:
+            embedded_ND = front.embed(input_ids_N, packing)
+            with watching(front.skeleton, self._probe.modules, source=embedded_ND) as watched:
+                hidden_ND = front.run_blocks(embedded_ND, packing, first=0)
+            return _Kept(hidden_ND, labels_N, watched)
         with torch.set_grad_enabled(train):
-            packing = Packing.of(batch.lengths, device=self._device)
-            hidden_ND = front(self._tokens(batch.input_ids), packing)
-        return _Kept(hidden_ND, self._tokens(batch.labels))
+            return _Kept(front(input_ids_N, packing), labels_N)
+
+    def _go_back(
+        self, kept: _Kept, output: torch.Tensor, outer: torch.Tensor | None, *, what: str
+    ) -> None:
+        """Carry the gradient of ``output`` through the front: to learn, or to measure."""
+        if kept.watched is not None and self._probe is not None:
+            _, sums = kept.watched.backward(output, outer, what=what)
+            known = self._probe.sums
+            known.update({name: known.get(name, 0.0) + value for name, value in sums.items()})
+        elif output.requires_grad:
+            torch.autograd.backward(output, outer)
 
     def _tokens(self, tokens: np.ndarray[Any, np.dtype[np.int32]]) -> torch.Tensor:
         return torch.from_numpy(tokens.astype(np.int64)).to(self._device)
