@@ -34,8 +34,8 @@ def piece_bytes(store: ModelStore, request: PieceRequest) -> PieceBytes:
     return PieceBytes(call=request.call, sha256=request.sha256, offset=request.offset, data=frame)
 
 
-def assignment(call: Call, plan: DevicePlan, version: int) -> Assignment:
-    """Return a device's part."""
+def assignment(call: Call, plan: DevicePlan, version: int, *, keep: bool) -> Assignment:
+    """Return a device's part; ``keep``: the blocks are those that it holds."""
     return Assignment(
         call=call,
         plan_version=version,
@@ -44,11 +44,19 @@ def assignment(call: Call, plan: DevicePlan, version: int) -> Assignment:
         batch=plan.batch,
         micro_batch=plan.micro_batch,
         in_flight=plan.in_flight,
+        keep=keep,
     )
 
 
 def round_start(
-    call: Call, handed: HandBack, device: DeviceId, *, first_step: int, steps: int
+    call: Call,
+    handed: HandBack,
+    device: DeviceId,
+    *,
+    first_step: int,
+    steps: int,
+    first_sequence: int,
+    probe_sequences: int,
 ) -> RoundStart:
     """Return what a device starts the round from."""
     return RoundStart(
@@ -59,4 +67,6 @@ def round_start(
         evaluate=True,
         adapters=to_wire(handed.adapters_of(device)),
         fold=handed.fold,
+        first_sequence=first_sequence,
+        probe_sequences=probe_sequences,
     )

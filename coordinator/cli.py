@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -31,8 +32,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hsplit {version.VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="carry out the run that a YAML file describes"))
+    _add_plan(commands.add_parser("plan", help="what a run would do with measured devices"))
     _add_demo(commands.add_parser("demo", help="the whole system on this machine: 3 agents"))
     _add_export(commands.add_parser("export", help="write a run's adapter, or the merged model"))
+    _add_report(commands.add_parser("report", help="write a run's curves and plans as one page"))
     _add_health(commands.add_parser("health", help="exit 0 if the run makes progress, else 20"))
     return parser
 
@@ -50,6 +53,23 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--broker", metavar="URL", help="mqtt://… or mqtts://… (broker.url)")
     _add_logging(parser)
     parser.set_defaults(command=_run)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="RUN.YAML", help="the run's settings")
+    parser.add_argument(
+        "profiles", nargs="+", type=Path, metavar="PROFILE.JSON", help="of hsplit-agent profile"
+    )
+    server = parser.add_mutually_exclusive_group()
+    server.add_argument(
+        "--server-profile", type=Path, metavar="FILE", help="what this machine measured before"
+    )
+    server.add_argument(
+        "--measure-server", action="store_true", help="measure this machine now (the default)"
+    )
+    parser.add_argument("--json", action="store_true", help="print it for programs")
+    _add_logging(parser)
+    parser.set_defaults(command=_plan)
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +96,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_export)
 
 
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="such as runs/my-run")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="default: RUN_FOLDER/report.html")
+    parser.set_defaults(command=_report)
+
+
 def _add_health(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-folder", type=Path, required=True)
     parser.add_argument("--max-age-s", type=float, default=120.0)
@@ -99,6 +125,17 @@ def _run(arguments: argparse.Namespace) -> None:
     program.run(settings, SystemClock(), resume=arguments.resume)
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    from coordinator import dry_plan, plan_report  # noqa: PLC0415
+    from coordinator.settings import CoordinatorSettings  # noqa: PLC0415
+
+    logs.set_up(arguments.log_level or "warning", arguments.log_format or "text")
+    settings = CoordinatorSettings.load(file=arguments.file, flags=[])
+    found = dry_plan.plan(settings, arguments.profiles, server_profile=arguments.server_profile)
+    data = json.dumps(plan_report.as_data(found), indent=2)
+    print(data if arguments.json else plan_report.as_table(found))
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from coordinator.demo import run  # noqa: PLC0415
 
@@ -111,6 +148,13 @@ def _export(arguments: argparse.Namespace) -> None:
 
     logs.set_up("warning")
     print(program.export(arguments.run_folder, arguments.to, merged=arguments.merged))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from coordinator import report_page  # noqa: PLC0415 - as in `_run`: it imports numpy
+
+    logs.set_up("warning")
+    print(report_page.write(arguments.run_folder, arguments.to))
 
 
 def _health(arguments: argparse.Namespace) -> None:

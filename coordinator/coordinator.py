@@ -10,13 +10,14 @@ import logging
 from collections.abc import Callable
 
 from coordinator import answers
+from coordinator.assigning import Assigner
 from coordinator.checkpoints import Checkpoint
 from coordinator.exchange import ExchangeLimits, Failed
+from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
 from coordinator.handback import HandBack
 from coordinator.membership import Membership, StaleRequestError, refusal_code
 from coordinator.model_store import ModelStore
-from coordinator.planner import DevicePlan, plan_device
 from coordinator.presence import Presence
 from coordinator.quorum import Quorum, Verdict
 from coordinator.registry import Member, Stage
@@ -26,7 +27,7 @@ from coordinator.rounds import Round
 from coordinator.settings import CoordinatorSettings
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
-from shared.errors import HsplitError, ProtocolError, QuorumError
+from shared.errors import HsplitError, QuorumError
 from shared.protocol.messages import (
     Activations,
     DeviceId,
@@ -66,6 +67,7 @@ class Coordinator:
         store: ModelStore,
         architecture: ModelArchitecture,
         model: GlobalModel,
+        fleet: Fleet,
         reporter: Reporter,
         save_checkpoint: Callable[[Checkpoint], None],
         next_round: int = 1,
@@ -78,6 +80,7 @@ class Coordinator:
         self._store = store
         self._architecture = architecture
         self._model = model
+        self._fleet = fleet
         self._reporter = reporter
         self._save_checkpoint = save_checkpoint
         self._next_round = next_round
@@ -94,9 +97,11 @@ class Coordinator:
             run_id=settings.run_id,
             model=store.describe(),
             terms=(settings.training_terms, settings.lora, settings.optimizer),
+            measure_at=fleet.measure_at,
             lost_after_s=settings.devices.lost_after_s,
             on_lost=self._lost,
         )
+        self._assigner = Assigner(settings.devices, members=self.members, fleet=fleet, clock=clock)
 
     @property
     def phase(self) -> str:
@@ -137,8 +142,10 @@ class Coordinator:
                 self.members.tick()
                 self._drop_the_silent()
         self._close_round_if_over()
-        if self._driver is None and not self.finished:
-            self._start_round_if_due()
+        if not self.finished:
+            self._assigner.assign_if_due()
+            if self._driver is None:
+                self._start_round_if_due()
         return did
 
     # --- what arrives -------------------------------------------------------------------------
@@ -161,10 +168,8 @@ class Coordinator:
     def _handle_status(self, event: StatusSeen) -> None:
         if event.device is not None:
             self.members.handle_status(event)
-        elif self._presence is not None:
-            again = self._presence.handle(event.payload)
-            if again is not None:
-                self._link.announce(COORDINATOR_STATUS, again)
+        elif self._presence is not None and (again := self._presence.handle(event.payload)):
+            self._link.announce(COORDINATOR_STATUS, again)
 
     def _handle_message(self, device: DeviceId, message: Message) -> None:
         if isinstance(message, JoinRequest) or not isinstance(message, Request):
@@ -191,9 +196,9 @@ class Coordinator:
         if isinstance(request, PieceRequest):
             self.members.answer(member, answers.piece_bytes(self._store, request))
         elif isinstance(request, Ready):
-            self._assign(member, request)
+            self._ready(member, request)
         elif isinstance(request, Prepared):
-            self._prepared(member, request)
+            self._assigner.prepared(member, request)
         elif self._driver is None:
             raise StaleRequestError("no round is open")
         elif isinstance(request, (Activations, HiddenGradients)):
@@ -207,35 +212,17 @@ class Coordinator:
 
     # --- getting ready ------------------------------------------------------------------------
 
-    def _assign(self, member: Member, request: Ready) -> None:
+    def _ready(self, member: Member, request: Ready) -> None:
         if self.finished:
             self.members.answer(member, Finished(call=request.call, reason=RUN_COMPLETE))
-            return
-        if member.stage is Stage.DONE:
+        elif member.stage is Stage.DONE:
             member.waiting = request.call
-            return
-        member.plan = plan_device(
-            member.device_id,
-            self._settings.device_terms(member.device_id),
-            architecture=self._architecture,
-            training=self._settings.training_terms,
-            declared_limit_bytes=member.profile.memory_limit_bytes,
-        )
-        member.plan_version += 1
-        member.stage = Stage.PREPARING
-        member.fresh = True
-        part = answers.assignment(request.call, member.plan, member.plan_version)
-        self.members.answer(member, part)
-
-    def _prepared(self, member: Member, request: Prepared) -> None:
-        if member.stage is not Stage.PREPARING or request.plan_version != member.plan_version:
-            raise ProtocolError(f"plan {request.plan_version} is not the one to prepare")
-        member.stage = Stage.PREPARED
-        member.waiting = request.call
-        logger.info("%s is prepared", member.device_id)
+        else:
+            member.fresh = True
+            self._assigner.ready(member, request)
 
     def _start_round_if_due(self) -> None:
-        if not self._link_is_up:
+        if not self._link_is_up or self._assigner.is_changing:
             return
         prepared = [m for m in self.members.registry if m.stage is Stage.PREPARED]
         on_their_way = [m.asked_s for m in self.members.registry if m.stage is Stage.PREPARING]
@@ -272,9 +259,12 @@ class Coordinator:
         number, count = self._next_round, self._settings.rounds.count
         first_step = (number - 1) * self._settings.rounds.steps
         steps = self._settings.rounds.steps if number <= count else 0
-        handed = self._model.start_round(number, members)
+        probe = self._fleet.probe_sequences(number) if steps else 0
+        handed = self._model.start_round(number, members, server_ranks=self._fleet.server_ranks)
         plans = {member.device_id: member.plan for member in members if member.plan is not None}
-        alone = frozenset(device for device, plan in plans.items() if self._is_alone(plan))
+        whole = self._architecture.block_count
+        head = self._settings.training.labels == "device"
+        alone = frozenset(d for d, plan in plans.items() if head and plan.split_layer == whole)
         self._driver = RoundDriver(
             Round(
                 number,
@@ -290,26 +280,29 @@ class Coordinator:
             reporter=self._reporter,
             optimizer=self._settings.optimizer,
             total_steps=self._settings.total_steps,
-            limits=ExchangeLimits(
-                open_micro_batches=self._settings.devices.open_micro_batches,
-                evaluate_batch=self._settings.training.evaluate_batch,
-                max_length=self._settings.training.max_length,
-            ),
+            limits=ExchangeLimits.of(self._settings, probe_sequences=probe),
+            candidates=self._model.update.keys(),
+            clock=self._clock,
         )
         if number == 1:
             self._save(round_=0)
         self._reporter.round_started(number, of=count, plans=plans)
+        self._reporter.planned(number, first_step, plans=plans, fleet=self._fleet.latest)
         for member in members:
-            self._hand_back(member, handed, first_step=first_step, steps=steps)
+            self._hand_back(member, handed, first_step=first_step, steps=steps, probe=probe)
 
-    def _is_alone(self, plan: DevicePlan) -> bool:
-        holds_all = plan.split_layer == self._architecture.block_count
-        return holds_all and self._settings.training.labels == "device"
-
-    def _hand_back(self, member: Member, handed: HandBack, *, first_step: int, steps: int) -> None:
+    def _hand_back(
+        self, member: Member, handed: HandBack, *, first_step: int, steps: int, probe: int
+    ) -> None:
         assert member.waiting is not None  # it is prepared
         start = answers.round_start(
-            member.waiting, handed, member.device_id, first_step=first_step, steps=steps
+            member.waiting,
+            handed,
+            member.device_id,
+            first_step=first_step,
+            steps=steps,
+            first_sequence=self._fleet.position(member, first_step),
+            probe_sequences=probe,
         )
         member.waiting = None
         member.stage = Stage.IN_ROUND if steps else Stage.DONE
@@ -338,8 +331,19 @@ class Coordinator:
             self._void_rounds = 0
             driver.aggregate()
             self._next_round += 1
+            self._adapt(driver)
             # The next round may have to wait for devices, and this one must outlive that.
             self._save(round_=driver.round.number)
+
+    def _adapt(self, driver: RoundDriver) -> None:
+        """Learn from a round, and give other parts to those who are better off with them."""
+        round_ = driver.round
+        if self._fleet.observe(driver.observations()):
+            scores = self._fleet.importance.scores
+            self._reporter.weighed(round_.number, round_.end_step, scores)
+        steps_left = self._settings.total_steps - round_.end_step
+        if steps_left and self._settings.plan.adapt:
+            self._assigner.rearrange(round_=round_.number, steps_left=steps_left)
 
     def _repeat_round(self, number: int) -> None:
         self._void_rounds += 1
@@ -353,7 +357,7 @@ class Coordinator:
 
     def _save(self, *, round_: int) -> None:
         step = round_ * self._settings.rounds.steps
-        state = self._reporter.state()
+        state = {**self._reporter.state(), **self._fleet.state()}
         self._save_checkpoint(self._model.checkpoint(round_=round_, step=step, state=state))
 
     def _finish(self) -> None:
@@ -378,6 +382,7 @@ class Coordinator:
         member.stage = Stage.JOINED
         member.waiting = None
         member.fresh = True
+        member.changing = False
 
     def _drop_the_silent(self) -> None:
         """Go on without those that the round waits for and that asked nothing for too long."""

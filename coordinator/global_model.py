@@ -7,9 +7,9 @@ run, and a round that nobody finished is undone by going back to it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from coordinator.aggregation import (
     SERVER,
@@ -23,7 +23,7 @@ from coordinator.aggregation import (
 from coordinator.checkpoints import Checkpoint
 from coordinator.handback import HandBack, Holder, carry_on, hand_back
 from coordinator.model_store import ModelStore
-from coordinator.planner import adaptable_shapes, adapted
+from coordinator.planner import adaptable_shapes
 from coordinator.registry import Member
 from coordinator.run_folder import STATE_BASE
 from coordinator.server_training import ServerTrainer
@@ -32,6 +32,8 @@ from shared.adapters import FactoredDelta, HeldAdapters, ModuleAdapter
 from shared.architecture import ModelArchitecture
 
 logger = logging.getLogger(__name__)
+
+RanksOf: TypeAlias = Callable[[range], tuple[Mapping[str, int], Mapping[str, float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +79,20 @@ class GlobalModel:
             state={**state, STATE_BASE: self._store.fingerprint},
         )
 
-    def start_round(self, number: int, members: Sequence[Member]) -> HandBack:
-        """Prepare the server's part for the members' split layers, and decide the hand-back."""
+    def start_round(
+        self, number: int, members: Sequence[Member], *, server_ranks: RanksOf
+    ) -> HandBack:
+        """Prepare the server's part for the members' split layers, and decide the hand-back.
+
+        ``server_ranks``: the ranks and scalings of the server's copy of some blocks.
+        """
         first_block = self._first_block(members)
         if first_block is not None:
             self._provide_trainer(first_block)
         holders = [_device_holder(member) for member in members]
         if self.trainer is not None:
-            holders.append(self._server_holder(self.trainer.first_block))
+            blocks = range(self.trainer.first_block, self._architecture.block_count)
+            holders.append(self._server_holder(blocks, *server_ranks(blocks)))
         handed = hand_back(
             self.update,
             holders,
@@ -174,9 +182,9 @@ class GlobalModel:
         trainer.set_adapters(boundary.held, fold=False)
         trainer.restore_optimizer(boundary.optimizer)
 
-    def _server_holder(self, first_block: int) -> Holder:
-        blocks = range(first_block, self._architecture.block_count)
-        ranks, scalings = adapted(self._settings.lora, self._architecture, blocks)
+    def _server_holder(
+        self, blocks: range, ranks: Mapping[str, int], scalings: Mapping[str, float]
+    ) -> Holder:
         return Holder(
             name=SERVER,
             blocks=blocks,

@@ -59,7 +59,8 @@ def refusal_code(error: HsplitError) -> RefusalCode:
 class Membership:
     """Speaks with devices on behalf of a run. Belongs to the owner's thread.
 
-    ``on_lost`` is called with every member that is gone, after it was struck off.
+    ``on_lost`` is called with every member that is gone, after it was struck off;
+    ``measure_at`` says at which micro-batch a device should measure itself (None: not at all).
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Membership:
         run_id: RunId,
         model: ModelDescription,
         terms: tuple[TrainingTerms, LoraTerms, OptimizerTerms],
+        measure_at: Callable[[DeviceId], int | None],
         lost_after_s: float,
         on_lost: Callable[[Member], None],
     ) -> None:
@@ -79,6 +81,7 @@ class Membership:
         self._run_id = run_id
         self._model = model
         self._training, self._lora, self._optimizer = terms
+        self._measure_at = measure_at
         self._on_lost = on_lost
         self.registry = Registry(lost_after_s=lost_after_s)
 
@@ -226,6 +229,7 @@ class Membership:
                 training=self._training,
                 lora=self._lora,
                 optimizer=self._optimizer,
+                measure_at=self._measure_at(member.device_id),
             ),
         )
 
@@ -236,6 +240,7 @@ class Membership:
             self._refuse_challenger(device, refused)
         member = self.registry.find(device, beat.session)
         if member is not None:
+            member.telemetry = beat.telemetry or member.telemetry
             self._repeat(member, beat, now)
         elif not self.registry.is_held(device, beat.session):
             self._link.send(device_topic(device, "commands"), Rejoin(session=beat.session))

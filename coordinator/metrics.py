@@ -8,16 +8,15 @@ so the evaluation before training stands at step 0.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
+from coordinator import json_lines
 from shared.atomic import replace_file
 from shared.clock import Clock
-from shared.errors import StorageError
 from shared.protocol.messages import DeviceId
 
 if TYPE_CHECKING:
@@ -42,9 +41,7 @@ class MetricsWriter:
             StorageError: the folder cannot be written.
         """
         self._clock = clock
-        path = run_folder / METRICS_FILE
-        replace_file(path, b"".join(_kept_lines(path, resumed_step)))
-        self._file: BinaryIO = path.open("ab", buffering=0)
+        self._file = json_lines.opened(run_folder / METRICS_FILE, resumed_step=resumed_step)
         self._events = _open_events(run_folder, resumed_step) if tensorboard else None
 
     def write(self, values: Mapping[str, float], *, round_: int, step: int) -> None:
@@ -55,12 +52,8 @@ class MetricsWriter:
         Raises:
             StorageError: the disk is full.
         """
-        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        record = {"time": self._clock.wall_s(), "round": round_, "step": step, **known}
-        try:
-            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        except OSError as error:
-            raise StorageError(f"{self._file.name} cannot be written: {error.strerror}") from error
+        head = {"time": self._clock.wall_s(), "round": round_, "step": step}
+        json_lines.append(self._file, {**head, **values})
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
@@ -91,19 +84,6 @@ def _open_events(run_folder: Path, resumed_step: int | None) -> SummaryWriter:
 
     purge = None if resumed_step is None else resumed_step + 1
     return SummaryWriter(str(run_folder / "tensorboard"), purge_step=purge)
-
-
-def _kept_lines(path: Path, resumed_step: int | None) -> Iterator[bytes]:
-    """Yield the lines up to ``resumed_step``, without one that a crash cut off."""
-    if resumed_step is None or not path.exists():
-        return
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if line.endswith(b"\n") and step <= resumed_step:
-            yield line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import tokenizers
-from huggingface_hub import errors as hub_errors
 
+from shared import hub
 from shared.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -74,9 +73,9 @@ def find_model(name_or_path: str, *, revision: str | None = None) -> ModelFolder
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return ModelFolder(source=name_or_path, path=path)
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+    if not hub.is_hub_name(name_or_path):
         raise ModelError(f"model {name_or_path}: no such folder; check model.name")
-    fetched = _fetch(name_or_path, revision)
+    fetched = hub.fetch(name_or_path, files=WANTED, revision=revision, setting="model.name")
     return ModelFolder(source=name_or_path, path=fetched, revision=fetched.name)
 
 
@@ -115,34 +114,6 @@ def tokenizer_file(folder: ModelFolder) -> Path:
             "it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return path
-
-
-def _fetch(name: str, revision: str | None) -> Path:
-    at = f"model {name}" + (f" at revision {revision}" if revision else "")
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(WANTED))
-        )
-    except hub_errors.HFValidationError as error:
-        raise ModelError(f"{at}: neither a folder here nor a possible hub name") from error
-    except hub_errors.GatedRepoError as error:
-        raise ModelError(
-            f"{at}: its licence must be accepted on the hub's page first; then set HF_TOKEN"
-        ) from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{at}: the hub knows no such model, or it is private; check model.name, "
-            "or set HF_TOKEN"
-        ) from error
-    except hub_errors.RevisionNotFoundError as error:
-        raise ModelError(f"{at}: no such revision; check model.revision") from error
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
-        raise ModelError(
-            f"{at}: no such folder here, not in the hub's cache, and the hub cannot be reached "
-            "(or HF_HUB_OFFLINE is set); check model.name, or give a folder"
-        ) from error
-    except OSError as error:  # all of the hub's HTTP errors, and a full disk
-        raise ModelError(f"{at}: could not be fetched from the hub: {error}") from error
 
 
 def _read(folder: ModelFolder, name: str) -> str | None:

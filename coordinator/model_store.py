@@ -16,10 +16,10 @@ import torch
 
 from coordinator.model_folder import ModelFolder, find_model, read_texts, tokenizer_file
 from coordinator.piece_cutting import PieceContent, cut, remembered_pieces
-from coordinator.weight_files import StoredTensor, open_tensors, weight_files
 from shared.architecture import ModelArchitecture
 from shared.errors import ProtocolError
 from shared.protocol.messages import ModelDescription
+from shared.weight_files import StoredTensor, open_tensors, weight_files
 
 _DTYPES = {
     "F64": torch.float64,

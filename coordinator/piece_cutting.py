@@ -19,18 +19,15 @@ import numpy as np
 import torch
 import transformers
 
-from coordinator.weight_files import StoredTensor, header
 from shared.architecture import ModelArchitecture
 from shared.atomic import replace_file
 from shared.errors import ModelError, StorageError
 from shared.protocol.messages import Piece
+from shared.weight_files import ITEM_BYTES, StoredTensor, header, in_file_order
 
 logger = logging.getLogger(__name__)
 
 Tensors: TypeAlias = Mapping[str, StoredTensor]
-
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""The dtypes that an unquantised checkpoint holds its weights in."""
 
 _FORMAT = "hsplit pieces 1"
 """Changed whenever the bytes of a piece would come out otherwise."""
@@ -45,10 +42,7 @@ class PieceContent:
     @classmethod
     def of(cls, tensors: Tensors) -> PieceContent:
         """Return a safetensors file that holds ``tensors``: a header, then their own bytes."""
-        # Widest first, then by name: as the format's own library writes them, so that every
-        # tensor is aligned, and the same tensors always give the same bytes.
-        names = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
-        ordered = {name: tensors[name] for name in names}
+        ordered = in_file_order(tensors)
         return cls((memoryview(header(ordered)), *(t.data for t in ordered.values())))
 
     @property
@@ -123,12 +117,7 @@ def remembered_pieces(
 
 def _named(stored: Tensors, architecture: ModelArchitecture) -> dict[str, StoredTensor]:
     """Return the tensors under full names; what no side needs may be among them."""
-    prefix = architecture.family.blocks.partition(".")[0] + "."
-    head = architecture.family.head + "."
-    return {
-        name if name.startswith((prefix, head)) else prefix + name: tensor
-        for name, tensor in stored.items()
-    }
+    return {architecture.full_name(name): tensor for name, tensor in stored.items()}
 
 
 def _shapes(

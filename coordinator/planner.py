@@ -1,141 +1,180 @@
-"""From what a device may use to what it does: split layer, ranks and batch. Pure.
+"""From what devices measured to what each does: split layer, batch, micro-batch and ranks. Pure.
 
-First version: the split layer is stated in the settings, or follows from a declared memory
-limit by `memory_bytes`, an estimate from the model's shapes; nothing is measured yet.
+First the cut: of all parts that fit into memory, those which make the fleet's step shortest for
+the same number of sequences in all, distributed so that unequal devices finish together. Then
+the ranks: as many adapter parameters as the terms say, where the weights matter.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
 
-from coordinator.settings import DeviceTerms
-from shared.architecture import ModelArchitecture
+from coordinator.allocation import Load, best_choices
+from coordinator.assigned_ranks import RankBook
+from coordinator.conditions import Conditions, FleetDevice
+from coordinator.cost_book import CostBook
+from coordinator.device_plan import DevicePlan, adaptable_shapes, adapted
+from coordinator.estimate import memory_bytes, plan_device
+from coordinator.options import Options
+from coordinator.plan_reasons import Reason, reason_of
+from coordinator.possible_parts import PossibleParts
+from coordinator.prediction import Prediction, predict, simulated_fleet
+from coordinator.server_room import ServerRoom, server_room
 from shared.errors import PlanError
 from shared.protocol.messages import DeviceId
-from shared.terms import LoraTerms, TrainingTerms
 
-RUNTIME_BYTES = 300 * 2**20
-"""What Python, torch and the connection take before any weight is loaded (CPU)."""
-
-SAVED_PER_BLOCK = 34
-"""Values that one block keeps for its backward pass, per token and hidden feature (*ours*:
-two norms, q k v, attention output, the two halves of the feed-forward, the residual sums)."""
-
-STATE_BYTES_PER_PARAMETER = 16
-"""An adapter's value, gradient and AdamW's two moments, all float32."""
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-DEFAULT_SHARE = 4
-"""Without a limit a device takes one block of this many."""
+__all__ = [
+    "Conditions",
+    "DevicePlan",
+    "FleetDevice",
+    "FleetPlan",
+    "adaptable_shapes",
+    "adapted",
+    "memory_bytes",
+    "plan_device",
+    "plan_fleet",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DevicePlan:
-    """One device's part. ``ranks`` and ``scalings`` (alpha / rank) by full module path."""
+class FleetPlan:
+    """A part for everybody but those ``refused``, who cannot take part (and why)."""
 
-    split_layer: int
-    ranks: Mapping[str, int]
-    scalings: Mapping[str, float]
-    batch: int
-    micro_batch: int
-    in_flight: int
+    plans: Mapping[DeviceId, DevicePlan]
+    reasons: Mapping[DeviceId, Reason]
+    refused: Mapping[DeviceId, str]
+    prediction: Prediction
+
+    @property
+    def predicted_step_s(self) -> float:
+        """How long a step of the fleet should take."""
+        return self.prediction.step_s
 
 
-def plan_device(
-    device: DeviceId,
-    terms: DeviceTerms,
+def plan_fleet(
+    devices: Sequence[FleetDevice],
+    conditions: Conditions,
     *,
-    architecture: ModelArchitecture,
-    training: TrainingTerms,
-    declared_limit_bytes: int | None,
-) -> DevicePlan:
-    """Return the part of one device: as stated, else the largest that its memory limit allows.
+    importance: Mapping[str, float] = MappingProxyType({}),
+) -> FleetPlan:
+    """Return the parts that make the fleet's step shortest.
 
-    ``declared_limit_bytes`` is the device's own word; the smaller of it and the settings' holds.
+    A device that is pinned keeps its part. One without measurements gets what its settings
+    state, or an estimate. All together take the sequences that their terms say, each at least 1.
+    ``importance``: scores by full module path; may be empty.
 
     Raises:
-        PlanError: the stated split layer or a rank is out of range, a target module does not
-            exist, or not even one block fits (with the bytes needed and allowed).
+        PlanError: nobody can take part (with the reasons), or the server has no room.
     """
-    limits = [n for n in (terms.memory_limit_bytes, declared_limit_bytes) if n is not None]
-    split_layer = terms.split_layer
-    if split_layer is None:
-        split_layer = _largest_that_fits(
-            device, terms, architecture=architecture, training=training, limits=limits
+    draft = _Draft(devices, conditions, RankBook(conditions, importance))
+    draft.settle()
+    draft.allocate()
+    if not draft.plans:
+        raise PlanError("no device can take part: " + "; ".join(draft.refused.values()))
+    return FleetPlan(
+        plans=draft.plans,
+        reasons=draft.reasons,
+        refused=draft.refused,
+        prediction=predict(draft.plans, devices, conditions),
+    )
+
+
+class _Draft:
+    """A fleet's plan in the making: first what is settled, then everybody else together."""
+
+    def __init__(
+        self, devices: Sequence[FleetDevice], conditions: Conditions, ranks: RankBook
+    ) -> None:
+        self.plans: dict[DeviceId, DevicePlan] = {}
+        self.reasons: dict[DeviceId, Reason] = {}
+        self.refused: dict[DeviceId, str] = {}
+        self._devices = devices
+        self._conditions = conditions
+        self._ranks = ranks
+        self._book = CostBook(devices, conditions)
+
+    def settle(self) -> None:
+        """Take pinned parts as they are; without measurements what is stated, or an estimate."""
+        for device in self._devices:
+            try:
+                if device.pinned is not None:
+                    self._take(device, device.pinned, kind="kept")
+                elif device.measurements is None:
+                    self._take_unmeasured(device)
+            except PlanError as error:
+                self.refused[device.device_id] = str(error)
+
+    def allocate(self) -> None:
+        """Give the others the parts with which the whole fleet's step is shortest."""
+        settled = [one for one in self._devices if one.device_id in self.plans]
+        others = [one for one in self._devices if self._is_open(one)]
+        if not others:
+            return
+        room = server_room(self._devices, self._book.server, self._conditions)
+        possible = PossibleParts(self._book, self._conditions, room)
+        options = possible.of(others)
+        self.refused.update(possible.refused)
+        if not options:
+            return
+        wanted = sum(one.terms.batch for one in settled)
+        wanted += sum(one.device.terms.batch for one in options)
+        taken = sum(plan.batch for plan in self.plans.values())
+        found = best_choices(
+            options, wanted - taken, book=self._book, load=self._load(settled, room)
         )
-    architecture.check_split_layer(split_layer)
-    ranks, scalings = adapted(terms.lora, architecture, range(split_layer))
-    return DevicePlan(
-        split_layer=split_layer,
-        ranks=ranks,
-        scalings=scalings,
-        batch=terms.batch,
-        micro_batch=terms.micro_batch,
-        in_flight=terms.in_flight,
-    )
+        for one, (option, batch) in zip(options, found, strict=True):
+            self._take_option(one, option, batch)
 
+    def _is_open(self, device: FleetDevice) -> bool:
+        return device.device_id not in self.plans and device.device_id not in self.refused
 
-def adapted(
-    lora: LoraTerms, architecture: ModelArchitecture, blocks: range
-) -> tuple[dict[str, int], dict[str, float]]:
-    """Return rank and scaling (alpha / rank) of every module of ``blocks`` that is adapted."""
-    ranks = architecture.target_modules(lora, blocks=blocks)
-    return ranks, {module: lora.alpha_of(module) / rank for module, rank in ranks.items()}
+    def _load(self, settled: Sequence[FleetDevice], room: ServerRoom) -> Load:
+        """Return what is there without the open devices.
 
+        The server's optimizer counts as if it held every block that it may.
+        """
+        known = predict(self.plans, settled, self._conditions)
+        return Load(
+            devices=simulated_fleet(self.plans, settled, self._conditions),
+            longest_s=max((one.own_s for one in known.devices.values()), default=0.0),
+            server_s=known.server_s,
+            server_optimizer_s=self._book.server.optimizer_s(room.least_split_layer),
+            open_micro_batches=self._conditions.open_micro_batches,
+        )
 
-def adaptable_shapes(
-    lora: LoraTerms, architecture: ModelArchitecture
-) -> dict[str, tuple[int, int]]:
-    """Return (out, in) of every module that any device may adapt, whatever its rank."""
-    all_of_them = LoraTerms(r=1, target_modules=lora.target_modules)
-    modules = architecture.target_modules(all_of_them, blocks=range(architecture.block_count))
-    features = {module: architecture.features(module) for module in modules}
-    return {module: (f[1], f[0]) for module, f in features.items()}
+    def _take_unmeasured(self, device: FleetDevice) -> None:
+        plan = plan_device(
+            device.device_id,
+            device.terms,
+            architecture=self._conditions.architecture,
+            training=self._conditions.training,
+            declared_limit_bytes=device.declared_limit_bytes,
+        )
+        stated = device.terms.split_layer is not None
+        self._take(device, plan, kind="stated" if stated else "estimated")
 
+    def _take(
+        self, device: FleetDevice, plan: DevicePlan, *, kind: Literal["kept", "stated", "estimated"]
+    ) -> None:
+        self.plans[device.device_id] = plan
+        self.reasons[device.device_id] = Reason(kind=kind, split_layer=plan.split_layer)
 
-def memory_bytes(
-    split_layer: int,
-    terms: DeviceTerms,
-    *,
-    architecture: ModelArchitecture,
-    training: TrainingTerms,
-) -> int:
-    """Estimate what a device needs at ``split_layer``: runtime, base, adapters, activations."""
-    item = ITEM_BYTES[training.dtype]
-    hidden = architecture.hidden_size
-    tokens = terms.micro_batch * terms.in_flight * training.max_length
-    block = sum(f[0] * f[1] for f in architecture.linears.values())
-    words = architecture.vocab_size * hidden
-    untied_head = words if training.labels == "device" and not architecture.tied_embeddings else 0
-    base = item * (words + untied_head + split_layer * block)
-    ranks, _ = adapted(terms.lora, architecture, range(split_layer))
-    factors = sum(rank * sum(architecture.features(m)) for m, rank in ranks.items())
-    # The residual that a device holds frozen grows from round to round, at most to full rank.
-    frozen = sum(ITEM_BYTES["float32"] * math.prod(architecture.features(m)) for m in ranks)
-    saved = item * tokens * hidden * SAVED_PER_BLOCK * split_layer
-    return RUNTIME_BYTES + base + STATE_BYTES_PER_PARAMETER * factors + frozen + saved
-
-
-def _largest_that_fits(
-    device: DeviceId,
-    terms: DeviceTerms,
-    *,
-    architecture: ModelArchitecture,
-    training: TrainingTerms,
-    limits: list[int],
-) -> int:
-    if not limits:
-        return max(1, architecture.block_count // DEFAULT_SHARE)
-    limit = min(limits)
-    for split_layer in range(architecture.block_count, 0, -1):
-        needed = memory_bytes(split_layer, terms, architecture=architecture, training=training)
-        if needed <= limit:
-            return split_layer
-    raise PlanError(
-        f"{device} may use {limit / 2**20:.0f} MiB, but one block with micro-batches of "
-        f"{terms.micro_batch} x {training.max_length} tokens needs about "
-        f"{needed / 2**20:.0f} MiB: raise its memory_limit, or lower plan.micro_batch, "
-        "plan.in_flight or training.max_length"
-    )
+    def _take_option(self, options: Options, option: int, batch: int) -> None:
+        device = options.device
+        split_layer = int(options.split_layer_O[option])
+        ranks, scalings = self._ranks.of(device.terms.lora, range(split_layer), share=options.share)
+        micro_batch = min(int(options.micro_batch_O[option]), batch)
+        if not device.terms.micro_batch_is_stated:  # as many, but of equal size
+            micro_batch = -(-batch // -(-batch // micro_batch))
+        self.plans[device.device_id] = DevicePlan(
+            split_layer=split_layer,
+            ranks=ranks,
+            scalings=scalings,
+            batch=batch,
+            micro_batch=micro_batch,
+            in_flight=int(options.in_flight_O[option]),
+        )
+        self.reasons[device.device_id] = reason_of(options, option, batch, book=self._book)

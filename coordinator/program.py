@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import torch
 
-from coordinator import checkpoints, run_folder
+from coordinator import checkpoints, report_page, run_folder, server_measuring
 from coordinator.checkpoints import Checkpoint
 from coordinator.coordinator import RUN_COMPLETE, Coordinator
 from coordinator.embedded_broker import EmbeddedBroker
 from coordinator.export import export_adapter, export_merged
+from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
+from coordinator.journal import Journal
 from coordinator.metrics import SUMMARY_FILE, DeviceSummary, MetricsWriter, Summary
 from coordinator.model_card import CardDevice, ModelCard
 from coordinator.model_store import ModelStore
@@ -64,6 +67,7 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
         model = GlobalModel(settings, start.store, start.architecture)
         if checkpoint is not None:
             model.resume(checkpoint)
+        fleet = _fleet(start)
         reporter = _reporter(settings, link, clock, checkpoint=checkpoint)
         stack.callback(reporter.close)
         coordinator = Coordinator(
@@ -73,6 +77,7 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
             store=start.store,
             architecture=start.architecture,
             model=model,
+            fleet=fleet,
             reporter=reporter,
             save_checkpoint=lambda saved: run_folder.save(settings, saved),
             next_round=1 if checkpoint is None else checkpoint.round + 1,
@@ -85,6 +90,7 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
         model.trainer = None  # room for what the export loads
         summary.save(settings.run_folder)
         _export(settings, model, summary)
+        report_page.write_if_possible(settings.run_folder)
         return summary
 
 
@@ -143,6 +149,14 @@ def _prepared(settings: CoordinatorSettings, *, resume: bool) -> _Start:
     _warn_of_labels(settings)
     run_folder.write_settings(settings)
     return _Start(settings, store, architecture, checkpoint)
+
+
+def _fleet(start: _Start) -> Fleet:
+    measure = functools.partial(server_measuring.of_run, start.settings, start.store)
+    fleet = Fleet(start.settings, start.architecture, measure_server=measure)
+    if start.checkpoint is not None:
+        fleet.resume(start.checkpoint.state)
+    return fleet
 
 
 def _with_resolved_model(settings: CoordinatorSettings, store: ModelStore) -> CoordinatorSettings:
@@ -207,8 +221,15 @@ def _reporter(
         tensorboard="tensorboard" in settings.report_to,
         resumed_step=None if checkpoint is None else checkpoint.step,
     )
-    tallies = Tallies() if checkpoint is None else Tallies.restored(checkpoint.state)
-    return Reporter(writer, link, clock, total_steps=settings.total_steps, tallies=tallies)
+    resumed_step = None if checkpoint is None else checkpoint.step
+    return Reporter(
+        writer,
+        link,
+        clock,
+        total_steps=settings.total_steps,
+        tallies=Tallies() if checkpoint is None else Tallies.restored(checkpoint.state),
+        journal=Journal(settings.run_folder, clock, resumed_step),
+    )
 
 
 def _drive(coordinator: Coordinator, health_file: health.HealthFile, clock: Clock) -> None:

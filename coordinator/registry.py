@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from coordinator.planner import DevicePlan
 from shared.protocol.calls import AnswerBook
 from shared.protocol.messages import Call, DeviceId, DeviceProfile, JoinRequest, SessionId
+from shared.protocol.profile import DataShape, Measurements, Telemetry
 
 WILL_GRACE_S = 2.0
 """A broken link that is mended within this time costs the device nothing."""
@@ -27,6 +28,7 @@ class Stage(enum.Enum):
     """How far a member has come."""
 
     JOINED = "joined"
+    READY = "ready"
     PREPARING = "preparing"
     PREPARED = "prepared"
     IN_ROUND = "in round"
@@ -37,8 +39,10 @@ class Stage(enum.Enum):
 class Member:
     """One device that is in. ``heard_s``: its last sign of life; ``asked_s``: its last request.
 
-    ``waiting``: the call to answer with the next round, or the end.
+    ``waiting``: the call to answer with a part, the next round, or the end.
     ``fresh``: the device holds no adapters of an earlier hand-back.
+    ``changing``: it took part in the last round, and prepares another part for the next.
+    ``most_blocks``: what it could prepare at most, where it once could not.
     """
 
     device_id: DeviceId
@@ -52,6 +56,11 @@ class Member:
     plan_version: int = 0
     waiting: Call | None = None
     fresh: bool = True
+    changing: bool = False
+    most_blocks: int | None = None
+    data: DataShape | None = None
+    measurements: Measurements | None = None
+    telemetry: Telemetry | None = None
 
 
 @dataclass(frozen=True, slots=True)

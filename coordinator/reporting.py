@@ -15,10 +15,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from coordinator.aggregation import Aggregated
+from coordinator.device_plan import DevicePlan, ranks_in_short
+from coordinator.journal import Journal
 from coordinator.metrics import DeviceSummary, MetricsWriter, Summary
-from coordinator.planner import DevicePlan
+from coordinator.planner import FleetPlan
 from shared.clock import Clock
 from shared.protocol.messages import DeviceId, EvaluationResult, RoundResult
+from shared.protocol.profile import Telemetry
 from shared.transport.link import MessageLink
 
 logger = logging.getLogger(__name__)
@@ -70,13 +73,16 @@ class Reporter:
         *,
         total_steps: int,
         tallies: Tallies,
+        journal: Journal | None = None,
     ) -> None:
-        """Go on from ``tallies``."""
+        """Go on from ``tallies``; ``journal`` None: plans and importance are not written."""
         self._writer = writer
         self._link = link
         self._clock = clock
         self._total_steps = total_steps
         self.tallies = tallies
+        self._journal = journal
+        self._written: Mapping[DeviceId, DevicePlan] = {}
         self._began_s = clock.monotonic_s() - tallies.seconds
         self._round_began_s = clock.monotonic_s()
         self._bytes_before = (tallies.bytes_up, tallies.bytes_down)
@@ -100,7 +106,7 @@ class Reporter:
             summary = DeviceSummary(
                 split_layer=plan.split_layer, ranks=dict(plan.ranks), target_tokens=0
             )
-            if device not in self.tallies.plans:
+            if plan != self._written.get(device):
                 logger.info(
                     "%s: split layer %d, ranks %s, %d sequences a step",
                     device,
@@ -112,6 +118,37 @@ class Reporter:
         if number <= of:
             logger.debug("round %d of %d starts with %s", number, of, ", ".join(sorted(plans)))
         self._of = of
+
+    def planned(
+        self,
+        round_: int,
+        step: int,
+        *,
+        plans: Mapping[DeviceId, DevicePlan],
+        fleet: FleetPlan | None,
+    ) -> None:
+        """Write the parts of a round's devices where they are other than before.
+
+        ``fleet``: the latest plan that was made for all together, if one was.
+        """
+        if plans == self._written:
+            return
+        self._written = dict(plans)
+        if fleet is not None:
+            logger.info("a step should take %.3g s", fleet.predicted_step_s)
+        if self._journal is not None:
+            self._journal.plan(
+                round_,
+                step,
+                predicted_step_s=None if fleet is None else fleet.predicted_step_s,
+                devices={device: _entry(device, plan, fleet) for device, plan in plans.items()},
+                refused={} if fleet is None else {**fleet.refused},
+            )
+
+    def weighed(self, round_: int, step: int, scores: Mapping[str, float]) -> None:
+        """Write how important each module is, as measured in round ``round_``."""
+        if self._journal is not None:
+            self._journal.importance(round_, step, scores)
 
     def micro_batch(self, device: DeviceId, loss_sum: float, target_tokens: int) -> None:
         """Add one training micro-batch of the open step."""
@@ -188,9 +225,11 @@ class Reporter:
         aggregated: Aggregated,
         tokens: Mapping[DeviceId, int],
         results: Mapping[DeviceId, RoundResult],
+        telemetry: Mapping[DeviceId, Telemetry],
+        server_busy_s: float,
         alone: Collection[DeviceId],
     ) -> None:
-        """Write the figures of an aggregated round.
+        """Write the figures of an aggregated round, and how its devices were at its end.
 
         The losses of devices that train ``alone`` are known only now, from their ``results``.
         """
@@ -206,8 +245,11 @@ class Reporter:
             "aggregation/norm": aggregated.norm,
             "aggregation/largest_rank": float(aggregated.largest_rank),
             "aggregation/relative_error": aggregated.largest_error,
+            "round/server_busy_s": server_busy_s,
             **self._traffic(),
             **{f"device/{device}/busy_s": result.busy_s for device, result in results.items()},
+            **{f"device/{device}/compute_s": one.compute_s for device, one in results.items()},
+            **_readings(telemetry),
             **{f"device/{device}/target_tokens": float(n) for device, n in tokens.items()},
         }
         self._writer.write(values, round_=round_, step=step)
@@ -262,6 +304,8 @@ class Reporter:
             self._bar.close()
         self._terminal.close()
         self._writer.close()
+        if self._journal is not None:
+            self._journal.close()
 
     def _advance(self, step: int, loss: float) -> None:
         """Move the progress bar, which exists only where a person watches a terminal."""
@@ -274,15 +318,31 @@ class Reporter:
         self._bar.set_postfix(loss=f"{loss:.3f}")
 
 
+def _entry(device: DeviceId, plan: DevicePlan, fleet: FleetPlan | None) -> dict[str, Any]:
+    """Return one device's part as the journal holds it."""
+    reason = None if fleet is None else fleet.reasons.get(device)
+    own = None if fleet is None else fleet.prediction.devices.get(device)
+    return {
+        "split_layer": plan.split_layer,
+        "batch": plan.batch,
+        "micro_batch": plan.micro_batch,
+        "in_flight": plan.in_flight,
+        "ranks": dict(plan.ranks),
+        "reason": "" if reason is None else str(reason),
+        "predicted_step_s": None if own is None else own.own_s,
+    }
+
+
+def _readings(telemetry: Mapping[DeviceId, Telemetry]) -> dict[str, float]:
+    """Return what sensors said in numbers, by metric name: ``device/nano/temperature_c``."""
+    readings = {device: asdict(one) for device, one in telemetry.items()}
+    return {
+        f"device/{device}/{name}": float(value)
+        for device, one in readings.items()
+        for name, value in one.items()
+        if isinstance(value, int | float)
+    }
+
+
 def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def ranks_in_short(ranks: Mapping[str, int]) -> str:
-    """Return the ranks for people: ``8``, or ``4 to 16 (27 modules)`` where they differ."""
-    values = set(ranks.values())
-    if not values:
-        return "none"
-    if len(values) == 1:
-        return str(values.pop())
-    return f"{min(values)} to {max(values)} ({len(ranks)} modules)"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from coordinator.aggregation import Aggregated, Contribution
+from coordinator import importance
+from coordinator.aggregation import Aggregated, Contribution, block_of
 from coordinator.exchange import Exchange, ExchangeLimits, Failed, Job
+from coordinator.fleet import Observations
 from coordinator.global_model import GlobalModel
 from coordinator.handback import Holder, check_adapters
+from coordinator.importance import Measured
 from coordinator.membership import Membership, StaleRequestError
 from coordinator.registry import Member
 from coordinator.reporting import Reporter
@@ -25,6 +28,7 @@ from coordinator.rounds import (
 )
 from coordinator.wire_adapters import from_wire
 from shared.adapters import AdapterState
+from shared.clock import Clock
 from shared.errors import NumericsError
 from shared.protocol.messages import Accepted, DeviceId, EvaluationResult, RoundResult
 from shared.schedule import learning_rate
@@ -51,8 +55,10 @@ class RoundDriver:
         optimizer: OptimizerTerms,
         total_steps: int,
         limits: ExchangeLimits,
+        candidates: Collection[str],
+        clock: Clock,
     ) -> None:
-        """Open the round."""
+        """Open the round; ``candidates``: the modules whose importance may be measured."""
         self.round = round_
         self.outcome: CloseRound | None = None
         self._holders = holders
@@ -65,6 +71,10 @@ class RoundDriver:
         self._exchange = (
             None if model.trainer is None else Exchange(model.trainer, round_, limits=limits)
         )
+        self._candidates = candidates
+        self._clock = clock
+        self._server_busy_s = 0.0
+        self._importance: list[Mapping[str, Measured]] = []
         self._adapters: dict[DeviceId, AdapterState] = {}
         self._results: dict[DeviceId, RoundResult] = {}
 
@@ -83,8 +93,18 @@ class RoundDriver:
         self._exchange.submit(member, job)
 
     def evaluated(self, member: Member, result: EvaluationResult) -> None:
-        """Take a participant's held-out loss."""
+        """Take a participant's held-out loss, and how important its weights are to it.
+
+        Raises:
+            ProtocolError: it speaks of a module that is not in its front.
+            NumericsError: an importance is no number that can be.
+        """
         self._check(member, result.round)
+        blocks = self._holders[member.device_id].blocks
+        here = {name for name in self._candidates if block_of(name) in blocks}
+        self._importance.append(
+            importance.from_device(result.importance, result.probe_tokens, candidates=here)
+        )
         self._reporter.evaluated(member.device_id, result)
         self._members.answer(member, Accepted(call=result.call))
         self._advance(Evaluated(member.device_id))
@@ -119,11 +139,14 @@ class RoundDriver:
 
     def work(self) -> Failed | bool:
         """Carry out one waiting micro-batch; False where there is none."""
+        began_s = self._clock.monotonic_s()
         done = None if self._exchange is None else self._exchange.run_one()
         if done is None:
             return False
         if isinstance(done, Failed):
             return done
+        if done.trains:
+            self._server_busy_s += self._clock.monotonic_s() - began_s
         self._members.answer(done.member, done.reply)
         if done.event is not None:
             self._reporter.micro_batch(done.event.device, done.loss_sum, done.event.target_tokens)
@@ -152,6 +175,7 @@ class RoundDriver:
 
     def _close_step(self, close: CloseStep) -> None:
         assert self._model.trainer is not None  # somebody exchanged
+        began_s = self._clock.monotonic_s()
         try:
             norm = self._model.trainer.close_step(
                 close.step, devices=close.devices, target_tokens=close.target_tokens
@@ -159,6 +183,7 @@ class RoundDriver:
         except NumericsError as error:
             logger.warning("step %d: the server's adapter stays as it is: %s", close.step, error)
             norm = float("nan")
+        self._server_busy_s += self._clock.monotonic_s() - began_s
         rate = learning_rate(self._optimizer, close.step, total_steps=self._total_steps)
         self._reporter.step_closed(
             self.round.number,
@@ -178,9 +203,29 @@ class RoundDriver:
             aggregated=aggregated,
             tokens={DeviceId(one.device): one.target_tokens for one in contributions},
             results=self._results,
+            telemetry={
+                member.device_id: member.telemetry
+                for member in self._members.registry
+                if member.telemetry is not None
+            },
+            server_busy_s=self._server_busy_s,
             alone=self._alone,
         )
         return aggregated
+
+    def observations(self) -> Observations:
+        """Return what the round taught. The server's importance is taken: ask once."""
+        round_ = self.round
+        reports = list(self._importance)
+        if self._model.trainer is not None:
+            reports.append(self._model.trainer.probe.take())
+        return Observations(
+            steps=round_.end_step - round_.first_step,
+            progress=round_.end_step / self._total_steps,
+            compute_s={device: one.compute_s for device, one in self._results.items()},
+            server_busy_s=self._server_busy_s,
+            importance=reports,
+        )
 
     def _contributions(self) -> Sequence[Contribution]:
         assert self.outcome is not None  # the round is over

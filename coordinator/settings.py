@@ -35,6 +35,9 @@ from shared.terms import (
 
 Timeout: TypeAlias = Annotated[float, Gt(0), Lt(1e7)]
 
+RankPolicy: TypeAlias = Literal["importance", "uniform"]
+"""Where a device's adapter parameters go: where the weights matter, or evenly as ``lora`` says."""
+
 _LONGEST_MODEL_NAME = 40
 
 
@@ -103,16 +106,26 @@ class DeviceOverrides(Section):
 
 
 class PlanSettings(Section):
-    """Who computes how much. Without ``split_layer`` it follows from each memory limit.
+    """Who computes how much. Without ``split_layer`` it follows from what devices measured.
 
-    ``batch``: sequences of each device per step. ``in_flight``: micro-batches that one device may
-    have on their way; ``micro_batch``: sequences in each, None for as many as make ``in_flight``.
+    ``batch``: sequences of a device per step. ``in_flight``: micro-batches that one device may
+    have on their way; ``micro_batch``: sequences in each, None for as many as make ``in_flight``,
+    or as the planner finds best. ``balance_batches``: of devices that measured themselves, the
+    fast ones may take more sequences and the slow ones fewer, on average ``batch``; a device whose
+    own ``batch`` is set keeps it. ``ranks``: where a planned device's adapter parameters go; how
+    important weights are is measured on ``probe_sequences`` of each device, in every
+    ``probe_every``-th round from the first on. ``adapt``: parts may change between rounds.
     """
 
     split_layer: PositiveInt | None = None
     batch: PositiveInt = 8
     micro_batch: PositiveInt | None = None
     in_flight: PositiveInt = 2
+    balance_batches: bool = True
+    ranks: RankPolicy = "importance"
+    probe_sequences: Annotated[int, Ge(0), Le(4096)] = 16
+    probe_every: PositiveInt = 2
+    adapt: bool = True
     devices: Mapping[Device, DeviceOverrides] = Field(default_factory=dict)
 
 
@@ -144,7 +157,10 @@ class ExportSettings(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceTerms:
-    """The plan settings as they hold for one device. ``split_layer`` None: follows from memory."""
+    """The plan settings as they hold for one device. ``split_layer`` None: it is planned.
+
+    ``batch_is_stated``, ``micro_batch_is_stated``: somebody chose the number, so it stays.
+    """
 
     split_layer: int | None
     batch: int
@@ -152,6 +168,8 @@ class DeviceTerms:
     in_flight: int
     memory_limit_bytes: int | None
     lora: LoraTerms
+    batch_is_stated: bool = False
+    micro_batch_is_stated: bool = False
 
 
 class CoordinatorSettings(HsplitSettings):
@@ -262,6 +280,8 @@ def _terms(plan: PlanSettings, lora: LoraTerms, own: DeviceOverrides) -> DeviceT
         in_flight=in_flight,
         memory_limit_bytes=own.memory_limit,
         lora=replace(lora, **changed),
+        batch_is_stated=own.batch is not None,
+        micro_batch_is_stated=(own.micro_batch or plan.micro_batch) is not None,
     )
 
 

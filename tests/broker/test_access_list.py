@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from edge_agent.link_probe import connection, measure_link
+from shared.clock import SystemClock
 from shared.config import BrokerSettings
 from shared.errors import BrokerRefusedError
 from shared.protocol.messages import DeviceId, RunId
@@ -36,7 +39,7 @@ RUN, NANO, ORIN = RunId("run"), DeviceId("nano"), DeviceId("orin")
 PASSWORDS = {"coordinator": "c-secret", "nano": "n-secret", "orin": "o-secret"}
 README = TLS_CONF.parents[1] / "README.md"
 
-DEVICE_WRITES: tuple[DeviceKind, ...] = ("status", "requests", "telemetry")
+DEVICE_WRITES: tuple[DeviceKind, ...] = ("status", "requests", "telemetry", "echo")
 DEVICE_SENDS: tuple[RunKind, ...] = ("activations", "adapter")
 COORDINATOR_SENDS: tuple[RunKind, ...] = ("gradients", "handback", "weights")
 
@@ -107,9 +110,10 @@ def test_devices_and_coordinator_may_all_that_the_protocol_needs(guarded, connec
     will = Will(device_topic(NANO, "status"), b"online", b"offline")
     coordinator = connect(guarded.url, *coordinator_filters(RUN), **credentials("coordinator"))
     nano = connect(guarded.url, *agent_filters(NANO), will=will, **credentials("nano"))
-    for topic in written_by(NANO):
+    heard = [topic for topic in written_by(NANO) if topic != device_topic(NANO, "echo")]
+    for topic in heard:
         nano.publish(topic, b"x")
-    arriving(coordinator, {topic.name for topic in written_by(NANO)})
+    arriving(coordinator, {topic.name for topic in heard})
     for topic in (COORDINATOR_STATUS, *written_to(NANO)):
         coordinator.publish(topic, b"x")
     expected = {COORDINATOR_STATUS.name, *(topic.name for topic in written_to(NANO))}
@@ -118,6 +122,14 @@ def test_devices_and_coordinator_may_all_that_the_protocol_needs(guarded, connec
     assert device_topic(NANO, "status").name in arriving(
         coordinator, {device_topic(NANO, "status").name}
     )
+
+
+def test_a_device_may_measure_its_link(guarded, credentials):
+    settings = BrokerSettings.model_validate({"url": guarded.url, **credentials("nano")})
+    link = measure_link(
+        functools.partial(connection, settings, NANO), NANO, clock=SystemClock(), timeout_s=10
+    )
+    assert link.round_trip_s < 1
 
 
 def test_a_device_hears_nothing_that_is_not_meant_for_it(guarded, connect, credentials):

@@ -72,7 +72,7 @@ def system(
 def batches_of(sim, device, steps):
     """Return the device's batches of the run, each as one."""
     data = sim.devices[device].agent._participation._data
-    return [joined(data.micro_batches(step, batch=3, micro_batch=2)) for step in range(steps)]
+    return [joined(data.micro_batches(3 * step, batch=3, micro_batch=2)) for step in range(steps)]
 
 
 def joined(parts):

@@ -28,7 +28,7 @@ def test_the_file_is_current():
 
 
 def test_every_topic_and_every_message_has_its_place():
-    kinds = {"status", *FROM_DEVICE, *FROM_COORDINATOR}
+    kinds = {"status", "echo", *FROM_DEVICE, *FROM_COORDINATOR}
     assert kinds == {*get_args(DeviceKind), *get_args(RunKind)}
     assert not FROM_DEVICE.keys() & FROM_COORDINATOR.keys()
     said = {name for types in (*FROM_DEVICE.values(), *FROM_COORDINATOR.values()) for name in types}

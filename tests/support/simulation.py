@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from coordinator import checkpoints
 from coordinator.coordinator import Coordinator
+from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
 from coordinator.metrics import MetricsWriter
 from coordinator.model_store import ModelStore
@@ -149,8 +150,10 @@ class Simulation:
             tensorboard=False,
             resumed_step=None if resumed is None else resumed.step,
         )
+        self.fleet = Fleet(settings, architecture)
         if resumed is not None:
             model.resume(resumed)
+            self.fleet.resume(resumed.state)
         self.model = model
         tallies = Tallies() if resumed is None else Tallies.restored(resumed.state)
         self.reporter = Reporter(
@@ -163,6 +166,7 @@ class Simulation:
             store=store,
             architecture=architecture,
             model=model,
+            fleet=self.fleet,
             reporter=self.reporter,
             save_checkpoint=lambda checkpoint: checkpoints.save(
                 settings.run_folder / "checkpoints", checkpoint, keep=settings.checkpoints.keep

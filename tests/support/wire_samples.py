@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,16 @@ from shared.protocol.messages import (
     SessionId,
     Welcome,
 )
+from shared.protocol.profile import (
+    BlockPoint,
+    DataShape,
+    DeviceFacts,
+    HeadPoint,
+    LinkMeasurement,
+    Measurements,
+    OptimizerPoint,
+    Telemetry,
+)
 from shared.protocol.tensors import pack
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
 
@@ -63,6 +74,56 @@ _ADAPTER = AdapterTensors(
 )
 
 
+_FACTS = DeviceFacts(
+    accelerator="Orin",
+    accelerator_memory_bytes=8 * 2**30,
+    accelerator_shares_memory=True,
+    driver="540.4.0",
+    power_mode="15W",
+    memory_bytes=8 * 2**30,
+    cpus=6.0,
+)
+_POINT = BlockPoint(
+    blocks=1,
+    adapter_parameters=6144,
+    sequences=4,
+    length=64,
+    forward_s=0.0625,
+    backward_s=0.125,
+    spread=0.25,
+    peak_bytes=500 * 2**20,
+)
+MEASUREMENTS = Measurements(
+    hsplit_version="0.1.0",
+    backend="torch",
+    dtype="float32",
+    threads=4,
+    model=_SHA,
+    on_gpu=True,
+    runtime_bytes=300 * 2**20,
+    memory_bytes=4 * 2**30,
+    blocks=(
+        _POINT,
+        dataclasses.replace(_POINT, blocks=2, peak_bytes=600 * 2**20),
+        dataclasses.replace(_POINT, sequences=1, forward_s=0.03125),
+    ),
+    head=(HeadPoint(tokens=252, seconds=0.5, spread=0.125, extra_bytes=40 * 2**20),),
+    optimizer=(OptimizerPoint(adapter_parameters=6144, seconds=0.0009765625),),
+    link=LinkMeasurement(uplink_bytes_per_s=2.5e6, downlink_bytes_per_s=1e7, round_trip_s=0.03125),
+)
+_TELEMETRY = Telemetry(
+    accelerator_load_percent=87.0,
+    accelerator_clock_mhz=624.75,
+    cpu_load_percent=12.5,
+    temperature_c=71.5,
+    power_w=14.25,
+    free_memory_bytes=2**30,
+    used_memory_bytes=3 * 2**30,
+    throttled=True,
+    throttle_reasons=("too hot",),
+)
+
+
 def _call(number: int) -> Call:
     return Call(session=_SESSION, number=number, answered_below=max(0, number - 1))
 
@@ -75,14 +136,19 @@ _ALL: tuple[Any, ...] = (
             hsplit_version="0.1.0",
             machine="Jetson Orin Nano",
             accelerator="Orin",
+            facts=_FACTS,
             memory_limit_bytes=8 * 2**30,
             sequences=1200,
             evaluation_sequences=60,
         ),
     ),
     PieceRequest(call=_call(1), sha256=_SHA, offset=1 << 20, length=4),
-    Ready(call=_call(2)),
-    Prepared(call=_call(3), plan_version=2),
+    Ready(
+        call=_call(2),
+        data=DataShape(mean_length=48.5, padded_length=60.25, longest=64),
+        measurements=MEASUREMENTS,
+    ),
+    Prepared(call=_call(3), plan_version=2, refused="the memory is full"),
     Activations(
         call=_call(4),
         purpose="train",
@@ -95,8 +161,24 @@ _ALL: tuple[Any, ...] = (
         hidden=_HIDDEN,
         labels=pack(np.array([5, -100, 9], np.int32)),
     ),
-    HiddenGradients(call=_call(5), round=1, step=7, micro_batch=0, loss_sum=12.5, gradient=_HIDDEN),
-    EvaluationResult(call=_call(6), round=2, loss_sum=310.5, target_tokens=99, sequences=60),
+    HiddenGradients(
+        call=_call(5),
+        round=1,
+        step=7,
+        micro_batch=0,
+        loss_sum=12.5,
+        gradient=_HIDDEN,
+        purpose="probe",
+    ),
+    EvaluationResult(
+        call=_call(6),
+        round=2,
+        loss_sum=310.5,
+        target_tokens=99,
+        sequences=60,
+        importance={_MODULE: 0.75},
+        probe_tokens=33,
+    ),
     RoundResult(
         call=_call(7),
         round=1,
@@ -105,8 +187,9 @@ _ALL: tuple[Any, ...] = (
         target_tokens=400,
         steps=20,
         busy_s=3.25,
+        compute_s=1.5,
     ),
-    Heartbeat(session=_SESSION, awaiting=(3, 5)),
+    Heartbeat(session=_SESSION, awaiting=(3, 5), telemetry=_TELEMETRY),
     Leave(session=_SESSION, reason="stopped by SIGTERM"),
     Welcome(
         call=_call(0),
@@ -125,6 +208,7 @@ _ALL: tuple[Any, ...] = (
         training=TrainingTerms(labels="server", max_length=256, seed=3, total_steps=100),
         lora=LoraTerms(r=4, rank_pattern={"c_attn": 16}, alpha_pattern={"c_fc": 8.0}),
         optimizer=OptimizerTerms(learning_rate=1e-3, warmup_steps=10, schedule="cosine"),
+        measure_at=4,
     ),
     Refusal(call=_call(4), code="stale", reason="step 6 was closed without this micro-batch"),
     PieceBytes(
@@ -138,6 +222,7 @@ _ALL: tuple[Any, ...] = (
         batch=8,
         micro_batch=4,
         in_flight=2,
+        keep=True,
     ),
     RoundStart(
         call=_call(3),
@@ -147,6 +232,8 @@ _ALL: tuple[Any, ...] = (
         evaluate=True,
         adapters=(_ADAPTER,),
         fold=True,
+        first_sequence=160,
+        probe_sequences=8,
     ),
     Hidden(call=_call(4), hidden=_HIDDEN),
     ActivationGradients(call=_call(5), gradient=_HIDDEN, loss_sum=12.5),

@@ -88,7 +88,7 @@ def batches(steps: int) -> list[list[Row]]:
     data = Dataset(training=training, held_out=None, seed=0, device_id=DeviceId(DEVICE))
     found = []
     for step in range(steps):
-        (batch,) = data.micro_batches(step, batch=BATCH, micro_batch=BATCH)
+        (batch,) = data.micro_batches(step * BATCH, batch=BATCH, micro_batch=BATCH)
         ids, labels = batch.input_ids.tolist(), batch.labels.tolist()
         ends = list(itertools.accumulate(batch.lengths))
         found.append(

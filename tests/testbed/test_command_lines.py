@@ -22,7 +22,13 @@ AGENT = {
         *("--config", "--broker", "--username", "--password-file", "--ca-file", "--device-id"),
         *("--data", "--evaluation-data", "--evaluation-fraction", "--share-labels"),
         *("--cache-folder", "--cache-limit", "--state-folder", "--memory-limit", "--device"),
-        *("--threads", "--log-level", "--log-format"),
+        *("--threads", "--emulate", "--log-level", "--log-format"),
+    },
+    "profile": {
+        *("--config", "--broker", "--username", "--password-file", "--ca-file", "--device-id"),
+        *("--cache-folder", "--state-folder", "--memory-limit", "--device", "--threads"),
+        *("--emulate", "--log-level", "--log-format", "--model", "--labels", "--micro-batch"),
+        *("--length", "--fresh", "--json", "--output"),
     },
     "health": {"--state", "--device-id", "--max-age-s"},
 }
@@ -32,6 +38,7 @@ COORDINATOR = {
     },
     "demo": {"--folder", "--labels", "--rounds", "--log-level", "--log-format"},
     "export": {"run_folder", "--to", "--merged"},
+    "report": {"run_folder", "--to"},
     "health": {"--run-folder", "--max-age-s"},
 }
 

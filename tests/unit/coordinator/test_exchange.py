@@ -34,6 +34,7 @@ LORA = LoraTerms(r=2, target_modules=("c_attn",))
 LENGTHS = (3, 2)
 PLAN = DevicePlan(split_layer=1, ranks={}, scalings={}, batch=4, micro_batch=2, in_flight=2)
 FIRST_STEP, STEPS = 10, 3
+PROBE_SEQUENCES = 6
 
 
 def member(device: DeviceId) -> Member:
@@ -74,7 +75,10 @@ class Server:
             self.trainer,
             self.round,
             limits=ExchangeLimits(
-                open_micro_batches=open_micro_batches, evaluate_batch=3, max_length=8
+                open_micro_batches=open_micro_batches,
+                evaluate_batch=3,
+                max_length=8,
+                probe_sequences=PROBE_SEQUENCES,
             ),
         )
         self._calls = 0
@@ -350,3 +354,133 @@ def test_what_sets_memory_free_comes_before_what_takes_more():
     first = server.exchange.run_one()
     assert isinstance(first, Done)
     assert isinstance(first.reply, ActivationGradients)
+
+
+# --- probes -------------------------------------------------------------------------------------
+
+
+def probe(server: Server, who: Member, index: int = 0, of: int = 2) -> list[Done]:
+    """Carry out one probe micro-batch of a member from end to end."""
+    done = [server.take(who, server.activations(index=index, of=of, purpose="probe"))]
+    if server.labels == "device":
+        done.append(server.take(who, server.gradients(index=index, purpose="probe")))
+    assert all(isinstance(one, Done) for one in done)
+    return done
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_a_probe_is_answered_as_training_is_and_the_round_hears_nothing(labels):
+    server = Server(labels)
+    done = probe(server, server.nano)
+    assert isinstance(done[-1].reply, ActivationGradients)
+    assert [one.event for one in done] == [None] * len(done)
+    measured = server.trainer.probe.take()
+    assert measured.keys() == server.trainer.adapters().keys()
+    assert {one.target_tokens for one in measured.values()} == {5}
+    assert all(one.magnitude > 0 for one in measured.values())
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_training_after_a_probe_is_as_if_there_had_been_none(labels):
+    probed, plain = Server(labels), Server(labels)
+    for index in range(2):
+        probe(probed, probed.nano, index)
+    for server in (probed, plain):
+        for who in (server.nano, server.orin):
+            done = server.take(who, server.activations())
+            if labels == "device":
+                done = server.take(who, server.gradients())
+            (*closing,) = server.round.handle(done.event)
+        for close in closing:
+            server.trainer.close_step(
+                close.step, devices=close.devices, target_tokens=close.target_tokens
+            )
+    for name, pair in probed.trainer.adapters().items():
+        np.testing.assert_array_equal(pair.b_OR, plain.trainer.adapters()[name].b_OR)
+
+
+def test_who_trains_already_does_not_wait_for_who_still_probes():
+    server = Server("device")
+    server.take(server.orin, server.activations(purpose="probe"))
+    assert isinstance(server.take(server.nano, server.activations()), Done)
+    assert isinstance(server.take(server.nano, server.gradients()), Done)
+    assert isinstance(server.take(server.orin, server.gradients(purpose="probe")), Done)
+
+
+def test_open_probes_are_bounded_with_the_rest():
+    server = Server("device", open_micro_batches=1)
+    server.take(server.nano, server.activations(purpose="probe"))
+    server.exchange.submit(server.orin, server.activations(purpose="probe"))
+    assert server.exchange.run_one() is None
+    server.exchange.submit(server.nano, server.gradients(purpose="probe"))
+    assert [server.exchange.run_one().member for _ in range(2)] == [server.nano, server.orin]
+
+
+UNASKED = [
+    ({"step": FIRST_STEP + 1}, "it comes before the round's first training micro-batch"),
+    ({"of": PROBE_SEQUENCES + 1}, "7 micro-batches to probe, where 6 sequences were asked for"),
+    ({"index": 2, "of": 2}, "micro-batch 2 of 2"),
+    ({"lengths": (1, 1, 3)}, "3 sequences of up to 3 tokens, .* most 2 of 8"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), UNASKED)
+def test_a_probe_that_was_not_asked_for_is_refused(changes, says):
+    server = Server()
+    with pytest.raises(ProtocolError, match=says):
+        server.exchange.submit(server.nano, server.activations(purpose="probe", **changes))
+    assert server.exchange.run_one() is None
+
+
+def test_no_probe_comes_once_training_began():
+    server = Server()
+    server.exchange.submit(server.nano, server.activations(of=2))
+    with pytest.raises(ProtocolError, match="before the round's first training micro-batch"):
+        server.exchange.submit(server.nano, server.activations(purpose="probe"))
+    server.exchange.submit(server.orin, server.activations(purpose="probe"))
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_no_training_begins_while_a_probe_is_open(carried_out):
+    server = Server("device")
+    server.exchange.submit(server.nano, server.activations(purpose="probe"))
+    if carried_out:
+        server.exchange.run_one()
+    with pytest.raises(ProtocolError, match="begins while probe micro-batches are open"):
+        server.exchange.submit(server.nano, server.activations())
+    server.exchange.submit(server.orin, server.activations())
+
+
+def test_a_probe_micro_batch_counts_once():
+    server = Server()
+    probe(server, server.nano)
+    with pytest.raises(ProtocolError, match="micro-batch 0 of step 10 came twice"):
+        server.exchange.submit(server.nano, server.activations(of=2, purpose="probe"))
+
+
+def test_gradients_of_a_probe_are_not_those_of_a_step():
+    server = Server("device")
+    server.take(server.nano, server.activations(purpose="probe"))
+    with pytest.raises(ProtocolError, match="not open"):
+        server.exchange.submit(server.nano, server.gradients())
+
+
+def test_nan_in_a_probe_is_refused_and_measures_nothing():
+    server = Server()
+    bad = server.activations(purpose="probe", hidden=poisoned((5, 32)))
+    failed = server.take(server.nano, bad)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, NumericsError)
+    assert server.trainer.probe.take() == {}
+    probe(server, server.nano, of=1)  # the very same micro-batch may come again
+
+
+def test_what_a_lost_device_had_open_of_a_probe_is_gone_and_what_it_finished_stays():
+    server = Server("device")
+    probe(server, server.nano, 0)
+    server.take(server.nano, server.activations(index=1, of=2, purpose="probe"))
+    server.exchange.drop(server.nano)
+    assert server.trainer.open_micro_batches == 0
+    with pytest.raises(ProtocolError, match="not open"):
+        server.exchange.submit(server.nano, server.gradients(index=1, purpose="probe"))
+    assert {one.target_tokens for one in server.trainer.probe.take().values()} == {5}

@@ -8,9 +8,9 @@ import math
 import pytest
 
 from coordinator.aggregation import Aggregated
+from coordinator.device_plan import DevicePlan, ranks_in_short
 from coordinator.metrics import MetricsWriter
-from coordinator.planner import DevicePlan
-from coordinator.reporting import Reporter, Tallies, ranks_in_short
+from coordinator.reporting import Reporter, Tallies
 from shared.protocol.messages import (
     Call,
     DeviceId,
@@ -71,6 +71,8 @@ class Desk:
             aggregated=NOTHING,
             tokens={NANO: 30, ORIN: 10} if tokens is None else tokens,
             results=results or {},
+            telemetry={},
+            server_busy_s=0.5,
             alone=alone,
         )
 

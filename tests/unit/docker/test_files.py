@@ -8,24 +8,66 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ByteSize, TypeAdapter
 
 from coordinator.settings import CoordinatorSettings
+from edge_agent.emulation import parse_emulation
 from edge_agent.settings import AgentSettings
 from shared.protocol import topics
 from shared.protocol.messages import DeviceId, RunId
 
 DOCKER = Path(__file__).parents[3] / "docker"
-COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
-AGENTS = {name: one for name, one in COMPOSE["services"].items() if name.startswith("agent-")}
+FILES = ("compose.yaml", "compose.testbed.yaml")
+COMPOSED: dict[str, dict[str, Any]] = {
+    name: yaml.safe_load((DOCKER / name).read_text())["services"] for name in FILES
+}
+AGENTS = {
+    f"{file}-{name}": one
+    for file, services in COMPOSED.items()
+    for name, one in services.items()
+    if name.startswith("agent-")
+}
 
 
-def test_the_composed_run_loads():
-    settings = CoordinatorSettings.load(file=DOCKER / "config" / "run.yaml", environment={})
-    health = COMPOSE["services"]["coordinator"]["healthcheck"]["test"]
+def composed_run(file: str) -> CoordinatorSettings:
+    """Return the settings that a compose file hands to its coordinator."""
+    (mounted,) = (
+        volume.split(":")[0]
+        for volume in COMPOSED[file]["coordinator"]["volumes"]
+        if volume.endswith(":/config/run.yaml:ro")
+    )
+    return CoordinatorSettings.load(file=DOCKER / mounted, environment={})
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_composed_run_loads(file: str):
+    settings = composed_run(file)
+    health = COMPOSED[file]["coordinator"]["healthcheck"]["test"]
     assert str(settings.run_folder) == health[health.index("--run-folder") + 1]
-    devices = {agent["environment"]["HSPLIT_DEVICE_ID"] for agent in AGENTS.values()}
-    assert set(settings.plan.devices) == devices
-    assert settings.devices.expected == len(devices)
+    devices = {
+        agent["environment"]["HSPLIT_DEVICE_ID"]
+        for name, agent in AGENTS.items()
+        if name.startswith(f"{file}-")
+    }
+    assert set(settings.plan.devices) <= devices
+    assert settings.devices.expected == settings.devices.min == len(devices)
+
+
+def test_the_composed_devices_have_stated_parts_and_those_of_the_test_bed_none():
+    assert set(composed_run("compose.yaml").plan.devices) == {"nano", "orin"}
+    plan = composed_run("compose.testbed.yaml").plan
+    assert (dict(plan.devices), plan.split_layer) == ({}, None)
+
+
+def test_the_test_bed_plays_unequal_devices_that_fit_their_containers():
+    played = [one for name, one in AGENTS.items() if "testbed" in name]
+    emulations = [parse_emulation(one["environment"]["HSPLIT_EMULATE"]) for one in played]
+    assert len(set(emulations)) == len(played) >= 3
+    for agent, emulation in zip(played, emulations, strict=True):
+        limit_bytes = TypeAdapter(ByteSize).validate_python(agent["mem_limit"])
+        assert emulation.memory_bytes is not None
+        assert emulation.memory_bytes < limit_bytes
+        assert agent["cpus"] >= emulation.speed
 
 
 @pytest.mark.parametrize("service", AGENTS)
@@ -42,22 +84,22 @@ def test_the_composed_agents_load(service: str):
     assert str(settings.state) == health[health.index("--state") + 1]
 
 
-@pytest.mark.parametrize("name", ["run.yaml", "agent.yaml"])
+@pytest.mark.parametrize("name", ["run.yaml", "agent.yaml", "testbed.yaml"])
 def test_what_is_commented_out_is_a_setting_too(name: str):
     """Every commented key is known: uncommenting it must not stop the start."""
-    program = CoordinatorSettings if name == "run.yaml" else AgentSettings
+    program = AgentSettings if name == "agent.yaml" else CoordinatorSettings
     text = re.sub(r"(?m)^( *)# (\w+:)", r"\1\2", (DOCKER / "config" / name).read_text())
     text = text.replace("mqtt://", "mqtts://")  # certificates are for TLS only
     environment = {"HSPLIT_DEVICE_ID": "nano"}
     settings = program.load(
-        file=DOCKER / "config" / name, environment={} if name == "run.yaml" else environment
+        file=DOCKER / "config" / name, environment=environment if name == "agent.yaml" else {}
     )
     uncommented = program.model_validate(yaml.safe_load(text))
     assert type(uncommented) is type(settings)
 
 
 def test_every_file_that_compose_mounts_or_builds_exists():
-    for service in COMPOSE["services"].values():
+    for service in (one for services in COMPOSED.values() for one in services.values()):
         for volume in service.get("volumes", ()):
             if volume.startswith("./"):
                 assert (DOCKER / volume.split(":")[0]).exists(), volume
@@ -87,18 +129,20 @@ def _acl() -> dict[str, list[str]]:
 
 
 def test_the_access_list_lets_a_device_read_what_it_subscribes_to_and_no_more():
-    filters = topics.agent_filters(DeviceId("nano"))
+    nano = DeviceId("nano")
+    filters = (*topics.agent_filters(nano), *topics.echo_filters(nano))
     assert sorted(_acl()["read"]) == sorted(one.pattern for one in filters)
 
 
-def test_the_access_list_lets_a_device_write_what_the_coordinator_listens_to_and_no_more():
+def test_the_access_list_lets_a_device_write_what_the_coordinator_or_itself_hears_and_no_more():
     filters = topics.coordinator_filters(RunId("RUN"))
     expected = [
         one.pattern.replace("/devices/+", "/devices/nano").replace("RUN", "+")
         for one in filters
         if "/devices/" in one.pattern
     ]
-    assert sorted(_acl()["write"]) == sorted(expected)
+    echo = [one.pattern for one in topics.echo_filters(DeviceId("nano"))]
+    assert sorted(_acl()["write"]) == sorted([*expected, *echo])
 
 
 def test_nobody_but_the_coordinator_has_more_than_patterns():
@@ -115,15 +159,17 @@ def test_both_brokers_differ_only_in_who_may_connect():
     assert open_[1] == guarded[1]
 
 
-def test_no_variable_of_compose_is_taken_for_a_setting():
+@pytest.mark.parametrize("file", FILES)
+def test_no_variable_of_compose_is_taken_for_a_setting(file: str):
     """`HSPLIT_…` in somebody's shell would stop both programs."""
-    variables = re.findall(r"\$\{(\w+)", (DOCKER / "compose.yaml").read_text())
-    assert set(variables) == {"MODEL_FOLDER", "DATA_FOLDER", "BROKER_BIND"}
+    variables = re.findall(r"\$\{(\w+)", (DOCKER / file).read_text())
+    assert set(variables) - {"BROKER_BIND"} == {"MODEL_FOLDER", "DATA_FOLDER"}
     makefile = (DOCKER.parent / "Makefile").read_text()
     assert "MODEL_FOLDER=/model DATA_FOLDER=/data" in makefile
 
 
-def test_an_interrupted_coordinator_goes_on_when_it_is_started_again():
-    command = COMPOSE["services"]["coordinator"]["command"]
+@pytest.mark.parametrize("file", FILES)
+def test_an_interrupted_coordinator_goes_on_when_it_is_started_again(file: str):
+    command = COMPOSED[file]["coordinator"]["command"]
     assert command[-1] == "--resume"
     assert str(command).replace("'", '"') in (DOCKER / "coordinator.Dockerfile").read_text()

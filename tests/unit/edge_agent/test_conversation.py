@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -45,6 +46,7 @@ from shared.protocol.messages import (
     RunId,
     SessionId,
 )
+from shared.protocol.profile import Telemetry
 from shared.protocol.tensors import TensorFrame
 from shared.protocol.topics import (
     COORDINATOR_STATUS,
@@ -67,7 +69,9 @@ COMMANDS = device_topic(NANO, "commands")
 class Talk:
     """A conversation, and the coordinator's link at the other end."""
 
-    def __init__(self, *, is_in: bool = True) -> None:
+    def __init__(
+        self, *, is_in: bool = True, telemetry: Callable[[], Telemetry | None] = lambda: None
+    ) -> None:
         self.clock = FakeClock()
         self.broker = MemoryBroker(self.clock)
         self.coordinator_transport = MemoryTransport(self.broker, name="coordinator")
@@ -78,7 +82,7 @@ class Talk:
         self.link = MessageLink(self.transport, self.clock)
         self.link.admit(NANO)
         self.link.start(agent_filters(NANO), timeout_s=1)
-        self.nano = Conversation(NANO, INSTANCE, self.link, self.clock)
+        self.nano = Conversation(NANO, INSTANCE, self.link, self.clock, telemetry=telemetry)
         if is_in:
             self.nano.enter(RUN)
         self.settle()
@@ -107,11 +111,15 @@ class Talk:
 
     def beats(self) -> list[tuple[int, ...]]:
         """Return what nano's heartbeats awaited since the last look."""
+        return [beat.awaiting for beat in self.heartbeats()]
+
+    def heartbeats(self) -> list[Heartbeat]:
+        """Return nano's heartbeats since the last look."""
         self.nano.pump(0)
         found = []
         while (event := self.coordinator.receive(0)) is not None:
             if isinstance(event, Received) and isinstance(event.message, Heartbeat):
-                found.append(event.message.awaiting)
+                found.append(event.message)
         return found
 
 
@@ -217,6 +225,20 @@ def test_a_heartbeat_comes_in_time_and_names_what_waits_too_long():
     assert talk.beats() == [()], "not yet overdue"
     talk.clock.advance(REPEAT_AFTER_S)
     assert talk.beats() == [(0,)]
+
+
+def test_a_heartbeat_says_how_the_device_is_when_there_is_news_of_it():
+    news = [Telemetry(temperature_c=60.0), None, Telemetry(temperature_c=61.0)]
+    talk = Talk(is_in=False, telemetry=lambda: news.pop(0))
+    talk.clock.advance(HEARTBEAT_S)
+    assert talk.heartbeats() == []
+    assert len(news) == 3, "no reading is lost before the welcome"
+    talk.nano.enter(RUN)
+    said = []
+    for _ in range(3):
+        talk.clock.advance(HEARTBEAT_S)
+        said += [beat.telemetry for beat in talk.heartbeats()]
+    assert said == [Telemetry(temperature_c=60.0), None, Telemetry(temperature_c=61.0)]
 
 
 def test_before_its_welcome_a_device_says_nothing_but_its_request_again():
@@ -492,11 +514,15 @@ def test_the_pulse_speaks_only_for_a_session_that_is_in():
 def test_the_pulse_goes_on_while_the_owner_computes_and_stops_when_told(monkeypatch):
     monkeypatch.setattr(module, "HEARTBEAT_S", 0.005)
     clock = FakeClock()
-    ear = Ear(MemoryBroker(clock))
+    broker = MemoryBroker(clock)
+    ear = Ear(broker)
+    coordinator = MessageLink(MemoryTransport(broker, name="coordinator"), clock)
+    coordinator.start(coordinator_filters(RUN), timeout_s=1)
     link = MessageLink(ear, clock)
     link.start((), timeout_s=1)
     assert ear.receive(0) == LinkUp()
-    nano = Conversation(NANO, INSTANCE, link, clock)
+    reading = Telemetry(cpu_load_percent=12.5)
+    nano = Conversation(NANO, INSTANCE, link, clock, telemetry=lambda: reading)
     nano.enter(RUN)
     pulse = Pulse(nano, link)
     before = threading.active_count()
@@ -505,3 +531,7 @@ def test_the_pulse_goes_on_while_the_owner_computes_and_stops_when_told(monkeypa
         assert ear.published.acquire(timeout=10)
     pulse.stop()
     assert threading.active_count() == before
+    assert coordinator.receive(0) == LinkUp()
+    came = coordinator.receive(0)
+    assert isinstance(came, Received)
+    assert came.message == Heartbeat(session=nano.session, telemetry=reading)

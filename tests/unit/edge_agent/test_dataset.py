@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.backends.base import NO_TARGET, TokenBatch
-from edge_agent.dataset import Dataset, Sequences, step_indices
+from edge_agent.dataset import Dataset, Sequences, indices_from
 from shared.protocol.messages import DeviceId
 
 NANO = DeviceId("nano")
@@ -52,8 +52,8 @@ def members(batches: tuple[TokenBatch, ...]) -> list[int]:
 )
 def test_cutting_a_step_otherwise_changes_nothing_but_the_cut(lengths, batch, micro_batch, step):
     data = dataset(lengths)
-    cut = data.micro_batches(step, batch=batch, micro_batch=micro_batch)
-    whole = data.micro_batches(step, batch=batch, micro_batch=batch)
+    cut = data.micro_batches(step * batch, batch=batch, micro_batch=micro_batch)
+    whole = data.micro_batches(step * batch, batch=batch, micro_batch=batch)
     assert sorted(members(cut)) == sorted(members(whole))
     assert len(members(whole)) == batch
     assert max(len(one.lengths) for one in cut) <= micro_batch
@@ -68,7 +68,7 @@ def test_every_epoch_holds_each_sequence_once(count, batch):
     taken = [
         i
         for step in range(3 * count)
-        for i in step_indices(step, batch=batch, sequences=count, seed=3, device_id=NANO)
+        for i in indices_from(step * batch, count=batch, sequences=count, seed=3, device_id=NANO)
     ]
     for epoch in range(len(taken) // count):
         assert sorted(taken[epoch * count : (epoch + 1) * count]) == list(range(count))
@@ -76,13 +76,15 @@ def test_every_epoch_holds_each_sequence_once(count, batch):
 
 def test_the_order_is_the_same_on_every_machine_and_in_every_version():
     # Recorded: a change would make a resumed run see other data than before.
-    taken = [step_indices(s, batch=4, sequences=6, seed=1, device_id=NANO) for s in range(3)]
+    taken = [indices_from(4 * s, count=4, sequences=6, seed=1, device_id=NANO) for s in range(3)]
     assert taken == RECORDED
 
 
 def test_seed_device_and_epoch_each_change_the_order():
     def order(seed: int, device_id: str, step: int) -> tuple[int, ...]:
-        return step_indices(step, batch=50, sequences=50, seed=seed, device_id=DeviceId(device_id))
+        return indices_from(
+            50 * step, count=50, sequences=50, seed=seed, device_id=DeviceId(device_id)
+        )
 
     orders = [order(0, "a", 0), order(1, "a", 0), order(0, "b", 0), order(0, "a", 1)]
     assert len(set(orders)) == 4

@@ -74,7 +74,7 @@ class Doubling:
 class Step:
     """One script under way, and the coordinator that answers its calls in any order."""
 
-    def __init__(self, batches=3, *, in_flight=2, train=True, labels="device", alone=False):
+    def __init__(self, batches=3, *, in_flight=2, purpose="train", labels="device", alone=False):
         clock = FakeClock()
         broker = MemoryBroker(clock)
         self.coordinator = MessageLink(MemoryTransport(broker, name="coordinator"), clock)
@@ -88,7 +88,7 @@ class Step:
         work = Work(
             round=3,
             step=12,
-            train=train,
+            purpose=purpose,
             batches=[batch(10 * i) for i in range(batches)],
             in_flight=in_flight,
             alone=alone,
@@ -145,6 +145,7 @@ def test_with_labels_here_each_micro_batch_goes_out_comes_back_and_goes_out_agai
     (request,) = step.open
     assert isinstance(request, HiddenGradients)
     assert (request.round, request.step, request.micro_batch) == (3, 12, 0)
+    assert request.purpose == "train"
     assert request.loss_sum == 1 + 3 + 5
     step.answer(0, gradients(9.0))
     assert step.result == LossSum(9.0, 2), "the coordinator's echo of the loss is not added"
@@ -167,12 +168,24 @@ def test_with_labels_there_they_travel_and_the_loss_comes_back():
     ],
 )
 def test_an_evaluation_ends_with_the_loss_and_keeps_nothing(labels, answer, nats):
-    step = Step(1, train=False, labels=labels)
+    step = Step(1, purpose="evaluate", labels=labels)
     assert step.open[0].purpose == "evaluate"
     step.answer(0, answer)
     assert step.result == LossSum(nats, 2)
     assert step.backend.trained == [False]
     assert step.backend.backwards == {}
+
+
+def test_a_probe_goes_as_training_does_and_says_in_every_message_what_it_is():
+    step = Step(1, purpose="probe")
+    assert step.open[0].purpose == "probe"
+    step.answer(0, hidden)
+    assert isinstance(step.open[0], HiddenGradients)
+    assert step.open[0].purpose == "probe"
+    step.answer(0, gradients())
+    assert step.result == LossSum(9.0, 2)
+    assert step.backend.trained == [True]
+    assert step.backend.backwards == {MicroBatch(12, 0): 4.5}
 
 
 def test_no_more_are_on_their_way_than_allowed_and_the_order_changes_nothing():
@@ -188,7 +201,7 @@ def test_no_more_are_on_their_way_than_allowed_and_the_order_changes_nothing():
 
 
 def test_while_one_answer_is_lost_the_device_stops_before_the_coordinator_must_refuse():
-    step = Step(3 * MAX_OPEN_CALLS, in_flight=2, train=False)
+    step = Step(3 * MAX_OPEN_CALLS, in_flight=2, purpose="evaluate")
     lost = step.open[0]
     while len(step.open) > 1:
         step.answer(1, hidden)

@@ -274,3 +274,92 @@ def test_half_precision_runs_close_to_float32(terms, tolerance, labels, tmp_path
         apart = np.linalg.norm(half.adapters()[name].b_OR - pair.b_OR)
         assert apart <= tolerance * went
         assert half.adapters()[name].b_OR.dtype == np.float32
+
+
+def probe(made, *, seed=0):
+    made.begin_probe([MODULE])
+    made.forward(KEY, tiny_batch(LENGTHS, seed=seed), train=True)
+    made.backward(KEY, gradient(seed))
+    return made.end_probe()
+
+
+def test_a_probe_between_steps_changes_nothing(tmp_path):
+    lora = dataclasses.replace(LORA, lora_dropout=0.5)
+    made, untouched = backend(tmp_path, lora=lora), backend(tmp_path, lora=lora)
+    for step in range(3):
+        assert probe(made, seed=step)[MODULE] > 0
+        for one in (made, untouched):
+            run_step(one, step)
+    same(made.adapters(), untouched.adapters())
+
+
+def test_gradients_gathered_before_a_probe_are_there_after_it(tmp_path):
+    made, untouched = backend(tmp_path), backend(tmp_path)
+    for one in (made, untouched):
+        one.forward(KEY, tiny_batch(LENGTHS), train=True)
+        one.backward(KEY, gradient())
+    probe(made)
+    for one in (made, untouched):
+        one.step(0, target_tokens=25)
+    same(made.adapters(), untouched.adapters())
+
+
+def test_a_probe_knows_no_dropout_and_adds_up(tmp_path):
+    plain = backend(tmp_path)
+    dropping = backend(tmp_path, lora=dataclasses.replace(LORA, lora_dropout=0.5))
+    assert probe(dropping) == probe(plain)
+    plain.begin_probe([MODULE])
+    for index, seed in enumerate((0, 1)):
+        key = MicroBatch(0, index)
+        plain.forward(key, tiny_batch(LENGTHS, seed=seed), train=True)
+        plain.backward(key, gradient(seed))
+    each = [probe(backend(tmp_path), seed=seed)[MODULE] for seed in (0, 1)]
+    assert plain.end_probe()[MODULE] == pytest.approx(sum(each), rel=1e-12)
+
+
+def test_an_evaluation_in_a_probe_is_not_measured(tmp_path):
+    made = backend(tmp_path)
+    expected = probe(made)
+    made.begin_probe([MODULE])
+    made.forward(KEY, tiny_batch(LENGTHS), train=True)
+    hidden = made.forward(KEY, tiny_batch(LENGTHS, seed=9), train=False)
+    made.head(KEY, hidden, train=False)
+    made.backward(KEY, gradient())
+    assert made.end_probe() == expected
+
+
+def test_a_probe_begins_and_ends_once_and_between_micro_batches(tmp_path):
+    made = backend(tmp_path)
+    with pytest.raises(ProtocolError, match="no probe can end"):
+        made.end_probe()
+    with pytest.raises(ProtocolError, match="ln_1 is no linear module held here"):
+        made.begin_probe(["transformer.h.0.ln_1"])
+    made.forward(KEY, tiny_batch(LENGTHS), train=True)
+    with pytest.raises(ProtocolError, match="a probe cannot begin"):
+        made.begin_probe([MODULE])
+    made.backward(KEY, gradient())
+    made.begin_probe([MODULE])
+    with pytest.raises(ProtocolError, match="a probe cannot begin"):
+        made.begin_probe([MODULE])
+    made.forward(KEY, tiny_batch(LENGTHS), train=True)
+    with pytest.raises(ProtocolError, match="no probe can end"):
+        made.end_probe()
+
+
+def test_a_probe_that_is_given_up_leaves_no_trace(tmp_path):
+    made, untouched = backend(tmp_path), backend(tmp_path)
+    made.begin_probe([MODULE])
+    made.forward(KEY, tiny_batch(LENGTHS), train=True)
+    made.discard()
+    for one in (made, untouched):
+        run_step(one)
+    same(made.adapters(), untouched.adapters())
+
+
+def test_importance_that_is_not_finite_is_refused(tmp_path):
+    made = backend(tmp_path, wire_dtype="float32")
+    made.begin_probe([MODULE])
+    made.forward(KEY, tiny_batch(LENGTHS), train=True)
+    with pytest.raises(NumericsError, match="importance of transformer"):
+        made.backward(KEY, pack(np.full((25, 32), 1e38, np.float32)))
+    assert made.end_probe() == {}

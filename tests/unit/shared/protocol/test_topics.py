@@ -16,13 +16,14 @@ from shared.protocol.topics import (
     agent_filters,
     coordinator_filters,
     device_topic,
+    echo_filters,
     parse,
     run_topic,
 )
 from shared.transport.memory import matches
 
 RUN, NANO, ORIN = RunId("run-1"), DeviceId("nano"), DeviceId("orin")
-DEVICE_KINDS = ("status", "requests", "telemetry", "commands")
+DEVICE_KINDS = ("status", "requests", "telemetry", "commands", "echo")
 RUN_KINDS = ("activations", "adapter", "gradients", "handback", "weights")
 FROM_COORDINATOR = {"commands", "gradients", "handback", "weights"}
 
@@ -87,10 +88,18 @@ def test_an_agent_hears_what_is_for_it_and_nothing_of_any_other():
 def test_the_coordinator_hears_what_devices_say_in_its_run_and_not_itself():
     for device in (NANO, ORIN):
         for kind, topic in all_topics(device).items():
-            expected = [] if kind in FROM_COORDINATOR else [topic.lane]
+            hears = kind not in FROM_COORDINATOR and kind != "echo"
+            expected = [topic.lane] if hears else []
             assert heard(coordinator_filters(RUN), topic) == expected
     other = run_topic(RunId("run-2"), NANO, "activations")
     assert heard(coordinator_filters(RUN), other) == []
+
+
+def test_a_device_that_measures_its_link_hears_itself_and_nothing_else():
+    for device in (NANO, ORIN):
+        for kind, topic in all_topics(device).items():
+            expected = [topic.lane] if kind == "echo" and device == NANO else []
+            assert heard(echo_filters(NANO), topic) == expected
 
 
 def test_the_table_in_the_docstring_is_the_code():

@@ -1,0 +1,1 @@
+"""The report of a run: what its files say, drawn for people."""

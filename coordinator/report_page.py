@@ -1,0 +1,128 @@
+"""``report.html``: a run's curves, plans, traffic and devices in one file that needs no other."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from pathlib import Path
+
+import jinja2
+
+from coordinator.report import charts, derived, device_sections, drawing, reading, sections, wording
+from coordinator.report.importance_section import importance
+from coordinator.report.records import RunRecords
+from shared import version
+from shared.atomic import replace_file
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "report.html"
+_MOST_REFUSED = 40
+
+
+def write(run_folder: Path, to: Path | None = None) -> Path:
+    """Write the report of a run, finished or at work, and return its path.
+
+    ``to``: the file to write; None for ``report.html`` in the run's folder.
+
+    Raises:
+        ConfigError: the folder is no run's.
+        StorageError: a file cannot be read, or the report cannot be written.
+    """
+    path = to or run_folder / REPORT_FILE
+    replace_file(path, render(reading.read(run_folder)).encode(), durable=False)
+    return path
+
+
+def write_if_possible(run_folder: Path) -> None:
+    """Write the report at the end of a run, whose result does not depend on it."""
+    try:
+        logger.info("report: %s", write(run_folder))
+    except Exception:  # whatever goes wrong in drawing, the run has succeeded
+        logger.warning(
+            "the report could not be made; the run itself is whole. Try again with "
+            "`hsplit-coordinator report %s`",
+            run_folder,
+            exc_info=True,
+        )
+
+
+def render(run: RunRecords) -> str:
+    """Return the page of a run as HTML.
+
+    Names and reasons come from devices: the template escapes them, as matplotlib does in charts.
+    """
+    keys = charts.device_keys(device_sections.shown(run))
+    refused = sorted(run.plans[-1].refused.items()) if run.plans else []
+    with drawing.style():
+        parts = [
+            sections.learning(run, keys),
+            sections.pace(run),
+            device_sections.plans(run, keys),
+            device_sections.timeline(run, keys),
+            sections.traffic(run),
+            importance(run),
+            sections.aggregation(run),
+        ]
+    return _template().render(
+        name=run.name,
+        model=_model(run),
+        began=wording.date(_times(run)[0]),
+        ended=wording.date(_times(run)[1]),
+        state="finished" if run.summary else "not finished: as far as it was written",
+        headline=_headline(run),
+        sections=parts,
+        rows=device_sections.table(run, keys),
+        left_out=len(run.devices) - len(keys),
+        refused=refused[:_MOST_REFUSED],
+        version=version.VERSION,
+    )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("page.html.jinja")
+
+
+def _model(run: RunRecords) -> str:
+    name = str(run.setting("model", "name") or "model not known")
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _times(run: RunRecords) -> tuple[float | None, float | None]:
+    times = [point.time_s for points in run.metrics.values() for point in (points[0], points[-1])]
+    return min(times, default=None), max(times, default=None)
+
+
+def _headline(run: RunRecords) -> list[tuple[str, str]]:
+    """Return the figures that stand first, each with its name."""
+    began_s, ended_s = _times(run)
+    perplexity = [point.value for point in run.series("eval/perplexity")]
+    medians = [point.value for point in derived.step_medians(run)]
+    traffic = [run.series(f"traffic/bytes_{way}") for way in ("up", "down")]
+    before = run.summary.perplexity_before if run.summary else next(iter(perplexity), None)
+    after = run.summary.perplexity_after if run.summary else next(reversed(perplexity), None)
+    elapsed_s = 0.0 if began_s is None or ended_s is None else ended_s - began_s
+    up, down = (points[-1].value if points else None for points in traffic)
+    if run.summary:
+        up, down, elapsed_s = run.summary.bytes_up, run.summary.bytes_down, run.summary.seconds
+    return [
+        ("held-out perplexity", f"{wording.number(before)} → {wording.number(after)}"),
+        ("optimizer steps", _steps(run)),
+        ("time", wording.seconds(elapsed_s)),
+        ("seconds a step", wording.number(statistics.median(medians) if medians else None)),
+        ("devices", str(len(run.devices))),
+        ("sent by devices", wording.bytes_(up)),
+        ("sent to devices", wording.bytes_(down)),
+    ]
+
+
+def _steps(run: RunRecords) -> str:
+    parts = [run.setting("rounds", key) for key in ("count", "steps")]
+    if not all(isinstance(part, int) for part in parts):
+        return wording.number(run.last_step)
+    return f"{wording.number(run.last_step)} of {wording.number(parts[0] * parts[1])}"

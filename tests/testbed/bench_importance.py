@@ -1,0 +1,333 @@
+"""Held-out perplexity with ranks where the weights matter, against the same rank everywhere.
+
+The small base learns E2E with the same number of adapter parameters, steps and sequences; only
+where the ranks are differs. Everything runs on one device that holds the whole model, which by
+the first law is what a split fleet computes. Ranks follow from a probe of the untouched base, by
+the planner's own rule. The learning rate is tuned for each way by itself, over the same rates, on
+a seed of its own. Two controls say whether it is importance that does it: the same scores given to
+other modules of their block's kind, and their inverses.
+
+    make bench-importance          BENCH_ARGS="--ranks 4 8 16 --steps 300 --processes 2"
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import multiprocessing
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from coordinator import demo
+from coordinator.aggregation import initial
+from coordinator.device_plan import adaptable_shapes, adapted
+from coordinator.handback import Holder, hand_back
+from coordinator.importance import from_device, theta
+from coordinator.model_store import ModelStore
+from coordinator.rank_policy import ranks_by_importance
+from edge_agent.backends.base import MicroBatch, TokenBatch
+from edge_agent.backends.torch_backend import TorchBackend
+from edge_agent.dataset import Dataset, Sequences
+from edge_agent.records import Records
+from edge_agent.vocabulary import Vocabulary
+from shared.protocol.messages import DeviceId
+from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
+from tests.support.tiny_models import TinyModel
+from tests.testbed.system import ROOT
+
+DEVICE = DeviceId("bench")
+BATCH, MAX_LENGTH, EVALUATE_BATCH = 8, 128, 24
+PROBE_SEQUENCES, PROBE_MICRO_BATCH = 64, 8
+ALPHA_PER_RANK = 2.0
+TARGETS = ("c_attn", "c_proj", "c_fc")
+WARM_UP_STEPS = 10
+TUNING_SEED = 100
+METHODS = ("uniform", "importance", "shuffled", "inverse")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: what it is called by, and all that decides its outcome."""
+
+    method: str
+    rank: int
+    learning_rate: float
+    seed: int
+    steps: int
+    split_layer: int | None
+
+    @property
+    def lora(self) -> LoraTerms:
+        return LoraTerms(r=self.rank, lora_alpha=ALPHA_PER_RANK * self.rank, target_modules=TARGETS)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training came to."""
+
+    job: Job
+    perplexity: float
+    parameters: int
+    ranks: Mapping[str, int]
+
+
+class Bench:
+    """The base, its data, and one device that holds all of it."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        base = demo.base_folder()
+        config = json.loads((base / "config.json").read_text())
+        model = TinyModel(config, load_file(base / "model.safetensors"))
+        self.job = job
+        self.architecture = model.architecture
+        self.blocks = range(self.architecture.block_count)
+        description = ModelStore.open(str(base), cache_folder=folder).describe()
+        vocabulary = Vocabulary(base / "tokenizer.json", description)
+        shards = demo.shards()
+        self.data = Dataset(
+            training=_joined(vocabulary, [shard.training for shard in shards]),
+            held_out=_joined(vocabulary, [shard.held_out for shard in shards]),
+            seed=job.seed,
+            device_id=DEVICE,
+        )
+        self.backend = TorchBackend("cpu", threads=1)
+        self.backend.load(
+            model.front_base(folder, split_layer=self.blocks.stop, head=True),
+            device_id=DEVICE,
+            training=TrainingTerms(max_length=MAX_LENGTH, seed=job.seed, total_steps=job.steps),
+            lora=job.lora,
+            optimizer=OptimizerTerms(learning_rate=job.learning_rate, warmup_steps=WARM_UP_STEPS),
+        )
+
+    def importance(self) -> Mapping[str, float]:
+        """Return the score of every target, measured on what is trained on first."""
+        modules = self.architecture.adaptable_modules(self.job.lora, blocks=self.blocks)
+        self.backend.begin_probe(modules)
+        tokens = self._run(0, count=PROBE_SEQUENCES, micro_batch=PROBE_MICRO_BATCH)
+        report = from_device(self.backend.end_probe(), tokens, candidates=modules)
+        return theta([report])
+
+    def ranks(self) -> dict[str, int]:
+        """Return each module's rank; every holder of blocks has its own budget."""
+        ranks, _ = adapted(self.job.lora, self.architecture, self.blocks)
+        if self.job.method == "uniform":
+            return ranks
+        scores = _changed(self.job, self.importance())
+        cut = self.job.split_layer or self.blocks.stop
+        found: dict[str, int] = {}
+        for part in (range(cut), range(cut, self.blocks.stop)):
+            own = {m: r for m, r in ranks.items() if self.architecture.block_of(m) in part}
+            features = {module: self.architecture.features(module) for module in own}
+            budget = sum(rank * sum(features[module]) for module, rank in own.items())
+            found |= ranks_by_importance(scores, features, budget_parameters=budget)
+        return found
+
+    def train(self) -> Outcome:
+        """Train from fresh adapters, as a run's first hand-back makes them; evaluate."""
+        ranks = {module: rank for module, rank in self.ranks().items() if rank}
+        holder = Holder(
+            name=DEVICE,
+            blocks=self.blocks,
+            ranks=ranks,
+            scalings=dict.fromkeys(ranks, ALPHA_PER_RANK),
+            fresh=True,
+        )
+        update = initial(adaptable_shapes(self.job.lora, self.architecture))
+        handed = hand_back(update, [holder], mode="residual", seed=self.job.seed, round_=1)
+        self.backend.set_adapters(handed.adapters_of(DEVICE), fold=False)
+        for step in range(self.job.steps):
+            tokens = self._run(step, count=BATCH, micro_batch=BATCH)
+            self.backend.step(step, target_tokens=tokens)
+        sizes = [rank * sum(self.architecture.features(module)) for module, rank in ranks.items()]
+        return Outcome(self.job, self._perplexity(), sum(sizes), ranks)
+
+    def _run(self, step: int, *, count: int, micro_batch: int) -> int:
+        """Run the sequences of a step from end to end; return their target tokens."""
+        batches = self.data.micro_batches(step * BATCH, batch=count, micro_batch=micro_batch)
+        for index, batch in enumerate(batches):
+            self.backend.whole(MicroBatch(step, index), batch, train=True)
+        return _tokens(batches)
+
+    def _perplexity(self) -> float:
+        batches = self.data.evaluation_batches(EVALUATE_BATCH)
+        nats = sum(
+            self.backend.whole(MicroBatch(0, index), batch, train=False)
+            for index, batch in enumerate(batches)
+        )
+        return math.exp(nats / _tokens(batches))
+
+
+def _tokens(batches: Sequence[TokenBatch]) -> int:
+    return sum(batch.target_tokens for batch in batches)
+
+
+def _joined(vocabulary: Vocabulary, files: Sequence[Path]) -> Sequences:
+    parts = []
+    for file in files:
+        tokens = vocabulary.tokenise(Records.load(file), max_length=MAX_LENGTH)
+        for index in range(len(tokens)):
+            rows = slice(tokens.starts[index], tokens.starts[index + 1])
+            parts.append((tokens.input_ids_M[rows], tokens.labels_M[rows]))
+    return Sequences.join(parts)
+
+
+def _changed(job: Job, scores: Mapping[str, float]) -> Mapping[str, float]:
+    """Return the scores that a method goes by."""
+    if job.method == "inverse":
+        return {module: 1 / score for module, score in scores.items()}
+    if job.method == "importance":
+        return scores
+    # Among modules of one shape, so that as many of each kind are as important as before.
+    kinds: dict[str, list[str]] = {}
+    for module in scores:
+        kinds.setdefault(module.rpartition("h.")[2].partition(".")[2], []).append(module)
+    random = np.random.default_rng(job.seed)
+    shuffled: dict[str, float] = {}
+    for modules in kinds.values():
+        shuffled |= zip(modules, random.permutation([scores[m] for m in modules]), strict=True)
+    return shuffled
+
+
+def run(job: Job) -> Outcome:
+    """Carry out one job, in whatever process."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = Bench(job, Path(folder)).train()
+    print(
+        f"  {job.method:<11} r {job.rank:<3} seed {job.seed:<4} lr {job.learning_rate:<6g} "
+        f"perplexity {outcome.perplexity:.3f}",
+        flush=True,
+    )
+    return outcome
+
+
+def main() -> None:
+    """Tune, measure, print a table, write build/bench/importance.json."""
+    options = _options()
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        tuning = pool.map(run, _tuning_jobs(options), chunksize=1)
+        rates = _best_rates(tuning)
+        jobs = [
+            dataclasses.replace(job, learning_rate=rates[job.method, job.rank], seed=seed)
+            for job in _jobs(options)
+            for seed in range(options.seeds)
+        ]
+        outcomes = pool.map(run, jobs, chunksize=1)
+    _report([_row(way, outcomes) for way in rates], [*tuning, *outcomes], options)
+
+
+def _jobs(options: argparse.Namespace) -> list[Job]:
+    return [
+        Job(
+            method=method,
+            rank=rank,
+            learning_rate=options.rates[0],
+            seed=TUNING_SEED,
+            steps=options.steps,
+            split_layer=options.split_layer,
+        )
+        for rank in options.ranks
+        for method in options.methods
+    ]
+
+
+def _tuning_jobs(options: argparse.Namespace) -> list[Job]:
+    return [
+        dataclasses.replace(job, learning_rate=rate)
+        for job in _jobs(options)
+        for rate in options.rates
+    ]
+
+
+Way = tuple[str, int]
+"""A method at a rank."""
+
+
+def _best_rates(tuning: Sequence[Outcome]) -> dict[Way, float]:
+    best: dict[Way, Outcome] = {}
+    for outcome in tuning:
+        way = outcome.job.method, outcome.job.rank
+        if way not in best or outcome.perplexity < best[way].perplexity:
+            best[way] = outcome
+    return {way: outcome.job.learning_rate for way, outcome in best.items()}
+
+
+def _row(way: Way, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    method, rank = way
+    own = [one for one in outcomes if (one.job.method, one.job.rank) == way]
+    uniform = {
+        one.job.seed: one.perplexity
+        for one in outcomes
+        if (one.job.method, one.job.rank) == ("uniform", rank)
+    }
+    found = [one.perplexity for one in own]
+    return {
+        "method": method,
+        "rank": rank,
+        "parameters": max(one.parameters for one in own),
+        "learning_rate": own[0].job.learning_rate,
+        "perplexities": found,
+        "mean": statistics.mean(found),
+        "spread": statistics.stdev(found) if len(found) > 1 else 0.0,
+        # Seed by seed, as both have the same sequences in the same order.
+        "against_uniform": [
+            one.perplexity / uniform[one.job.seed] - 1 for one in own if one.job.seed in uniform
+        ],
+    }
+
+
+def _report(
+    rows: list[dict[str, Any]], outcomes: Sequence[Outcome], options: argparse.Namespace
+) -> None:
+    print(
+        f"{options.steps} steps of {BATCH} sequences, {options.seeds} seeds, rates "
+        f"{', '.join(map(str, options.rates))} tuned on a seed of their own"
+    )
+    print(
+        f"{'ranks':<12}{'r':>4}{'parameters':>12}{'rate':>8}{'perplexity':>12}{'spread':>8}"
+        f"{'against uniform, by seed':>28}"
+    )
+    for row in rows:
+        against = "  ".join(f"{one:+.1%}" for one in row["against_uniform"])
+        print(
+            f"{row['method']:<12}{row['rank']:>4}{row['parameters']:>12}"
+            f"{row['learning_rate']:>8g}{row['mean']:>12.3f}{row['spread']:>8.3f}{against:>28}"
+        )
+    print("aim: importance below uniform")
+    target = ROOT / "build" / "bench" / "importance.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "options": vars(options),
+        "rows": rows,
+        "trainings": [asdict(outcome) for outcome in outcomes],
+    }
+    target.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"written: {target.relative_to(ROOT)}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8], help="of uniform ranks")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["uniform", "importance"])
+    parser.add_argument("--rates", type=float, nargs="+", default=[7e-3, 1e-2, 1.4e-2])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument(
+        "--split-layer", type=int, help="each side of this cut has a budget of its own"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="trainings at once, a core each")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""An unequal fleet on this machine: real programs, of which the agents play smaller devices."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared import costs, probe_loads, profile_file
+from shared.architecture import ModelArchitecture
+from shared.terms import LoraTerms
+from tests.testbed import large_base
+from tests.testbed.system import ROOT, Process, System
+
+LENGTH = 64
+"""Tokens that every sequence is computed at, so that equal batches are equal work."""
+LINES = 200
+RANK = 8
+TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
+RUN_TIMEOUT_S = 900.0
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One device of a fleet. ``speed`` is relative to the fastest of the fleet.
+
+    ``most_blocks``: what its memory holds at the micro-batch it is given; None: no limit.
+    """
+
+    name: str
+    speed: float
+    mbit_per_s: float
+    most_blocks: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of a run, from the step before to its own end."""
+
+    round: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of a fleet did. ``plans``: the lines of its ``plans.jsonl``."""
+
+    steps: tuple[Step, ...]
+    plans: tuple[dict[str, Any], ...]
+
+    def median_s(self, *, first_round: int, last_round: int | None = None) -> float:
+        """Return the median seconds of the steps of some rounds."""
+        last = last_round if last_round is not None else max(one.round for one in self.steps)
+        return statistics.median(
+            one.seconds for one in self.steps if first_round <= one.round <= last
+        )
+
+
+class RunFailedError(Exception):
+    """A program of a run ended with an error; the message is the end of its log."""
+
+
+def base_and_text(folder: Path) -> tuple[Path, Path]:
+    """Write a model and a data file of equally long sequences; return both paths.
+
+    Digits are a token each for the byte-level tokenizer; the end of the text is one more, which
+    is only predicted.
+    """
+    base = large_base.write(folder / "base")
+    digits = random.Random(0)
+    text = folder / "text.jsonl"
+    with text.open("w") as file:
+        for _ in range(LINES):
+            line = "".join(digits.choices("0123456789", k=LENGTH))
+            file.write(json.dumps({"text": line}) + "\n")
+    return base, text
+
+
+def run_settings(base: Path, *, devices: int, plan: Mapping[str, Any], rounds: int, steps: int):
+    """Return a ``run.yaml`` for a fleet, without its broker."""
+    return {
+        "model": {"name": str(base)},
+        "devices": {"min": devices, "expected": devices, "join_timeout_s": RUN_TIMEOUT_S},
+        "plan": dict(plan),
+        "rounds": {"count": rounds, "steps": steps},
+        "lora": {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(TARGETS)},
+        "optimizer": {"learning_rate": 1e-4},
+        "training": {"max_length": LENGTH + 1},
+        "report_to": [],
+        "threads": 1,
+    }
+
+
+def emulation(device: Device, *, scale: float, memory_bytes: int | None) -> str:
+    """Return the ``--emulate`` of a device whose fleet is ``scale`` times as fast as it says."""
+    parts = [f"speed={device.speed * scale:g}"]
+    parts += [f"{way}={device.mbit_per_s:g}Mbit/s" for way in ("uplink", "downlink")]
+    if memory_bytes is not None:
+        parts.append(f"memory={memory_bytes / MIB:.0f}MiB")
+    return ",".join(parts)
+
+
+def memory_limits(
+    folder: Path, base: Path, fleet: Sequence[Device], *, micro_batch: int, in_flight: int
+) -> dict[str, int | None]:
+    """Return for each device the memory that holds its ``most_blocks`` and half a block more.
+
+    From what this machine measures of the model with `hsplit-agent profile`.
+    """
+    output = folder / "profile.json"
+    command = [
+        *(sys.executable, "-m", "edge_agent.cli", "profile", "--model", str(base)),
+        *("--micro-batch", str(micro_batch), "--length", str(LENGTH), "--threads", "1"),
+        *("--device-id", "memory", "--state-folder", str(folder / "memory")),
+        *("--device", "cpu", "--output", str(output)),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    fitted = costs.fit(profile_file.read(output).measurements)
+    architecture = ModelArchitecture.from_config(json.loads((base / "config.json").read_text()))
+    lora = LoraTerms(r=RANK, target_modules=TARGETS)
+
+    def peak_bytes(blocks: int) -> float:
+        ranks = architecture.target_modules(lora, blocks=range(blocks))
+        tokens = micro_batch * LENGTH
+        return float(
+            fitted.peak_bytes(
+                blocks=blocks,
+                tokens=tokens,
+                adapter_parameters=probe_loads.parameter_count(architecture, ranks),
+                in_flight=in_flight,
+                head_tokens=tokens,
+            )
+        )
+
+    return {
+        one.name: None
+        if one.most_blocks is None
+        else round((peak_bytes(one.most_blocks) + peak_bytes(one.most_blocks + 1)) / 2)
+        for one in fleet
+    }
+
+
+def start_fleet(
+    system: System, text: Path, emulations: Mapping[str, str | None], settings: Mapping[str, Any]
+) -> tuple[Process, dict[str, Process]]:
+    """Start the coordinator and an agent for each device; None: it plays no smaller one."""
+    coordinator = system.coordinator(settings)
+    agents = {}
+    for name, emulate in emulations.items():
+        flags = ["--threads", "1", "--device", "cpu", "--evaluation-fraction", "0.01"]
+        flags += [] if emulate is None else ["--emulate", emulate]
+        agents[name] = system.agent(name, text, *flags)
+    return coordinator, agents
+
+
+def finish(system: System, coordinator: Process, agents: Mapping[str, Process]) -> Outcome:
+    """Wait for the end of a run; return what it did.
+
+    Raises:
+        RunFailedError: a program failed.
+    """
+    for process in (coordinator, *agents.values()):
+        if process.wait(RUN_TIMEOUT_S):
+            raise RunFailedError(f"{process.name} failed:\n{process.text()[-2000:]}")
+    return read_outcome(system)
+
+
+def read_outcome(system: System) -> Outcome:
+    """Return what a run has done so far; the first step of a round has no step before it."""
+    closed = [line for line in system.metrics() if "train/loss" in line]
+    steps = tuple(
+        Step(round=int(later["round"]), seconds=later["time"] - earlier["time"])
+        for earlier, later in itertools.pairwise(closed)
+        if earlier["round"] == later["round"]
+    )
+    plans = system.run_folder / "plans.jsonl"
+    lines = plans.read_text().splitlines() if plans.exists() else []
+    return Outcome(steps, tuple(json.loads(line) for line in lines))
