@@ -102,6 +102,10 @@ demo: install ## Fine-tune a small model on three unequal agents, on this machin
 bench: install mosquitto ## Split training against one process, and bytes against the minimum
 	$(BIN)/python -m tests.testbed.bench_throughput $(BENCH_ARGS)
 
+.PHONY: bench-planner
+bench-planner: install ## The planner against brute force, and its time for 10,000 devices
+	$(BIN)/python -m tests.testbed.bench_planner $(BENCH_ARGS)
+
 .PHONY: clean
 clean: ## Remove environments, caches and builds; runs/ stays
 	rm -rf .venv .venv310 build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

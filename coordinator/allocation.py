@@ -28,8 +28,10 @@ MOST_EXACT = 24
 MOST_REFINED = 80
 """Micro-batches in a step up to which the allocation is refined by simulation."""
 
-MOST_STARTS = 100
-"""Allocations that the refinement begins with."""
+MOST_STARTS = 12
+"""Allocations of each search that the refinement begins with."""
+CORRECTIONS = 4
+"""Searches more, as estimates are replaced by simulated steps."""
 
 EXACT_TOLERANCE = 0.001
 PRICED_TOLERANCE = 0.005
@@ -85,10 +87,12 @@ def _refined(around: Surroundings, total: int, objective: Objective) -> tuple[Ch
     if sum(_micro_batches(around.options, found[0].choices)) > MOST_REFINED:
         return found[0].choices
     refinement = Refinement(around)
-    starts = [one.choices for one in found]
-    while refinement.correct(found[0].choices) and len(starts) < MOST_STARTS:
+    starts = [one.choices for one in found[:MOST_STARTS]]
+    for _ in range(CORRECTIONS):
+        if not refinement.correct(found[0].choices):
+            break
         found = _exact(around.tables, total, objective)
-        starts += [one.choices for one in found]
+        starts += [one.choices for one in found[:MOST_STARTS]]
     return refinement.improved(starts)
 
 

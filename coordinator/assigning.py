@@ -40,10 +40,16 @@ class Assigner:
     # --- what members say ---------------------------------------------------------------------
 
     def ready(self, member: Member, request: Ready) -> None:
-        """Note that a member waits for a part, and what it knows of itself."""
+        """Note that a member waits for a part, and what it knows of itself.
+
+        Raises:
+            PlanError: it cannot carry the part that it must have.
+        """
         member.data, member.measurements = request.data, request.measurements
         member.waiting = request.call
         member.stage = Stage.READY
+        if request.overloaded is not None and member.plan is not None:
+            self._lighten(member, request.overloaded)
 
     def prepared(self, member: Member, request: Prepared) -> None:
         """Note that a member holds its part, or find another for it.
@@ -65,7 +71,7 @@ class Assigner:
     def _lighten(self, member: Member, reason: str) -> None:
         assert member.plan is not None  # that is what it could not prepare
         tried = member.plan.split_layer
-        logger.warning("%s could not prepare split layer %d: %s", member.device_id, tried, reason)
+        logger.warning("%s cannot hold split layer %d: %s", member.device_id, tried, reason)
         member.most_blocks = tried - 1
         member.stage = Stage.READY
         if tried == 1 or not self._fleet.is_planned(member.device_id):

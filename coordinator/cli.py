@@ -131,7 +131,12 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     logs.set_up(arguments.log_level or "warning", arguments.log_format or "text")
     settings = CoordinatorSettings.load(file=arguments.file, flags=[])
-    found = dry_plan.plan(settings, arguments.profiles, server_profile=arguments.server_profile)
+    found = dry_plan.plan(
+        settings,
+        arguments.profiles,
+        server_profile=arguments.server_profile,
+        clock=SystemClock(),
+    )
     data = json.dumps(plan_report.as_data(found), indent=2)
     print(data if arguments.json else plan_report.as_table(found))
 

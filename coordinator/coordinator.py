@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 
 from coordinator import answers
+from coordinator.aggregation import SERVER
 from coordinator.assigning import Assigner
 from coordinator.checkpoints import Checkpoint
 from coordinator.exchange import ExchangeLimits, Failed
@@ -30,6 +31,7 @@ from shared.clock import Clock
 from shared.errors import HsplitError, QuorumError
 from shared.protocol.messages import (
     Activations,
+    Call,
     DeviceId,
     EvaluationResult,
     Finished,
@@ -218,6 +220,8 @@ class Coordinator:
         elif member.stage is Stage.DONE:
             member.waiting = request.call
         else:
+            if request.overloaded is not None:
+                self._set_back(member, but=request.call)
             member.fresh = True
             self._assigner.ready(member, request)
 
@@ -247,11 +251,7 @@ class Coordinator:
             self._reporter.not_evaluated()
             self._finish()
             return
-        raise QuorumError(
-            f"{prepared} of at least {least} devices were ready within "
-            f"{self._settings.devices.join_timeout_s:.0f} s: start more agents, or lower "
-            "devices.min"
-        )
+        raise self._quorum.too_few(prepared, least=least)
 
     # --- rounds -------------------------------------------------------------------------------
 
@@ -287,7 +287,13 @@ class Coordinator:
         if number == 1:
             self._save(round_=0)
         self._reporter.round_started(number, of=count, plans=plans)
-        self._reporter.planned(number, first_step, plans=plans, fleet=self._fleet.latest)
+        self._reporter.planned(
+            number,
+            first_step,
+            plans=plans,
+            server_ranks=handed.ranks_of(SERVER),
+            fleet=self._fleet.latest,
+        )
         for member in members:
             self._hand_back(member, handed, first_step=first_step, steps=steps, probe=probe)
 
@@ -373,11 +379,11 @@ class Coordinator:
         if self._driver is not None:
             self._driver.lose(member)
 
-    def _set_back(self, member: Member) -> None:
-        """Leave a member out of the open round; it may take part in the next."""
+    def _set_back(self, member: Member, *, but: Call | None = None) -> None:
+        """Leave a member out of the open round (the next may have it), its calls ``but`` one."""
         self._lost(member)
         reason = "the round goes on without this device"
-        for call in member.book.pending:
+        for call in [one for one in member.book.pending if one != but]:
             self.members.answer(member, Refusal(call=call, code="stale", reason=reason))
         member.stage = Stage.JOINED
         member.waiting = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from coordinator.conditions import Conditions, FleetDevice
@@ -11,6 +11,8 @@ from coordinator.planner import FleetPlan, plan_fleet
 from coordinator.settings import CoordinatorSettings
 from shared import profile_file
 from shared.architecture import ModelArchitecture
+from shared.clock import Clock
+from shared.config import base_folder
 from shared.errors import ConfigError
 from shared.protocol.messages import DeviceId
 from shared.protocol.profile import Measurements, ProfileFile
@@ -21,11 +23,11 @@ def plan(
     profiles: Sequence[Path],
     *,
     server_profile: Path | None,
-    measure_server: Callable[[CoordinatorSettings], Measurements],
+    clock: Clock,
 ) -> FleetPlan:
     """Return the plan that these devices would begin with: nothing is known of importance yet.
 
-    ``measure_server`` is called where the server has no profile.
+    Without ``server_profile`` this machine measures itself, which takes seconds.
 
     Raises:
         ConfigError: a file is no profile, or is of another model, dtype or version, or two are of
@@ -49,7 +51,7 @@ def plan(
         for device_id in [DeviceId(profile.device_id)]
     ]
     if server_profile is None:
-        server = measure_server(settings)
+        server = _measured_server(settings, clock)
     else:
         server = _read(server_profile, architecture, settings).measurements
     return plan_fleet(devices, Conditions.of(settings, architecture, server=server))
@@ -82,3 +84,30 @@ def _check_devices(read: dict[Path, ProfileFile]) -> None:
                 f"{profile.device_id}: give each device one"
             )
         paths[profile.device_id] = path
+
+
+def _measured_server(settings: CoordinatorSettings, clock: Clock) -> Measurements:
+    # Inside: with profiles of all there is no need of torch, which takes seconds to import.
+    import torch  # noqa: PLC0415
+
+    from coordinator.model_store import ModelStore  # noqa: PLC0415
+    from coordinator.server_measuring import ServerWork, measure_server  # noqa: PLC0415
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    store = ModelStore.open(
+        settings.model.name,
+        revision=settings.model.revision,
+        cache_folder=base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "pieces",
+    )
+    work = ServerWork(
+        config=store.config,
+        tensors=store.tensors(),
+        training=settings.training_terms,
+        lora=settings.lora,
+        optimizer=settings.optimizer,
+        micro_batch=settings.device_terms(DeviceId("any")).micro_batch,
+        length=settings.training.max_length,
+        device=None if settings.device == "auto" else settings.device,
+    )
+    return measure_server(work, clock, memory_bytes=settings.memory_limit)

@@ -7,6 +7,7 @@ what has to be remembered from round to round. No I/O. Belongs to the owner's th
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,7 +21,6 @@ from coordinator.planner import FleetPlan, plan_fleet
 from coordinator.prediction import Prediction, predict
 from coordinator.registry import Member
 from coordinator.replanning import (
-    IMPORTANCE_CHANGE,
     LEAST_ROUNDS_APART,
     Decision,
     History,
@@ -82,12 +82,13 @@ class Fleet:
         settings: CoordinatorSettings,
         architecture: ModelArchitecture,
         *,
-        measure_server: Callable[[], Measurements] | None = None,
+        measure_server: Callable[[int, int], Measurements] | None = None,
     ) -> None:
         """Start without a plan.
 
-        ``measure_server`` is called once, when the first device is to be planned that measured
-        itself; None: the server's work counts as free.
+        ``measure_server`` is called once, with the sequences of a micro-batch and their length,
+        when the first device is to be planned that measured itself; None: the server's work
+        counts as free.
         """
         self._settings = settings
         self._architecture = architecture
@@ -151,10 +152,15 @@ class Fleet:
         return found
 
     def _know_server(self, ready: Collection[Member]) -> None:
-        if self._measure_server is None or all(one.measurements is None for one in ready):
+        measured = [one for one in ready if one.measurements is not None]
+        if self._measure_server is None or not measured:
             return
+        micro_batch = max(self._settings.device_terms(m.device_id).micro_batch for m in measured)
+        longest = self._settings.training.max_length
+        length = max(longest if m.data is None else m.data.padded_length for m in measured)
         logger.info("measuring the server's part")
-        self._server, self._measure_server = self._measure_server(), None
+        self._server = self._measure_server(micro_batch, math.ceil(length))
+        self._measure_server = None
 
     def replan(
         self,
@@ -186,9 +192,12 @@ class Fleet:
             for member in waiting
             if self.is_planned(member.device_id) and member.device_id in best.plans
         }
-        decision = decide(standing, proposal, history=self._history(round_, steps_left))
+        history = self._history(round_, steps_left)
+        decision = decide(standing, proposal, history=history)
         if decision.why is not None:
             self._adopt(decision, best, now={**now}, devices=devices, round_=round_)
+        if history.may_rank:  # the server's copy follows, though no device may have a reason to
+            self._ranked_by, self._changed_round = self.importance, round_
         return decision.plans
 
     def _history(self, round_: int, steps_left: int) -> History:
@@ -232,8 +241,6 @@ class Fleet:
         devices: Sequence[FleetDevice],
         round_: int,
     ) -> None:
-        if self.importance.change(self._ranked_by) > IMPORTANCE_CHANGE:
-            self._ranked_by = self.importance
         self._changed_round = round_
         self._planned_with = dict(self._slowdowns)
         plans = now | dict(decision.plans)

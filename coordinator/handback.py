@@ -60,6 +60,10 @@ class HandBack:
     seed: int
     round: int
 
+    def ranks_of(self, name: str) -> Mapping[str, int]:
+        """Return what holder ``name`` trains, by module; nothing where it takes no part."""
+        return self.holders[name].ranks if name in self.holders else {}
+
     def adapters_of(self, name: str) -> HeldAdapters:
         """Return the modules that holder ``name`` must replace; the rest it keeps as they are.
 

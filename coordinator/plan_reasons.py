@@ -22,13 +22,15 @@ class Reason:
     ``kind``: it was ``stated``, ``estimated`` without measurements or ``kept`` as it was; it is the
     ``whole`` model; the device was ``unable`` to prepare more; ``memory`` allows no more; more
     blocks relieve a busy ``server``; the device's own ``speed``, or its ``link``, leaves no time
-    for more. ``allowed``: blocks that memory would allow. ``needed_bytes`` of one block more than
-    that, against ``limit_bytes``. ``alone``: the split layer that were best for the device by
-    itself. ``share``: of its adapter parameters that found room.
+    for more. ``allowed``: blocks that memory would allow with this ``micro_batch``.
+    ``needed_bytes`` of one block more than that, against ``limit_bytes``. ``alone``: the split
+    layer that were best for the device by itself. ``share``: of its adapter parameters that
+    found room.
     """
 
     kind: Kind
     split_layer: int
+    micro_batch: int | None = None
     allowed: int | None = None
     needed_bytes: float | None = None
     limit_bytes: int | None = None
@@ -56,6 +58,7 @@ def reason_of(options: Options, option: int, batch: int, *, book: CostBook) -> R
     return Reason(
         kind=kind,
         split_layer=split_layer,
+        micro_batch=micro_batch,
         allowed=allowed,
         needed_bytes=needed,
         limit_bytes=options.device.memory_limit_bytes,
@@ -102,7 +105,8 @@ def _room(reason: Reason) -> str:
 
 def _beyond(reason: Reason) -> str:
     needed, limit = _gib(reason.needed_bytes), _gib(reason.limit_bytes)
-    return f"{(reason.allowed or 0) + 1} would need {needed} of {limit}"
+    blocks = f"{(reason.allowed or 0) + 1} with micro-batches of {reason.micro_batch}"
+    return f"{blocks} would need {needed} of {limit}"
 
 
 def _words(reason: Reason) -> str:

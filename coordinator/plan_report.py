@@ -10,6 +10,9 @@ from coordinator.device_plan import DevicePlan, ranks_in_short
 from coordinator.planner import FleetPlan
 from coordinator.prediction import DevicePrediction
 
+LEAST_S = 1e-6
+"""Less is what a link takes that nobody measured."""
+
 HEADINGS = (
     *("device", "k", "rank", "batch", "micro-batch", "in flight"),
     *("memory", "computes", "uplink", "downlink", "server", "its step", "why"),
@@ -81,7 +84,11 @@ def _costs(predicted: DevicePrediction | None) -> tuple[str, ...]:
         predicted.server_s,
         predicted.own_s,
     )
-    return f"{predicted.memory_bytes / 2**20:.0f} MiB", *(f"{one:.3g} s" for one in seconds)
+    return f"{predicted.memory_bytes / 2**20:.0f} MiB", *map(_seconds, seconds)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= LEAST_S else "0 s"
 
 
 def _summary(plan: FleetPlan) -> str:

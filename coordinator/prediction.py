@@ -233,4 +233,4 @@ def _step_s(
             open_micro_batches=conditions.open_micro_batches,
         )
     longest_s = max((one.prediction.own_s for one in steps if one.prediction), default=0.0)
-    return contended_s(longest_s, server_s, devices=len(steps))
+    return float(contended_s(longest_s, server_s, devices=len(steps)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from coordinator import checkpoints, report_page, run_folder, server_measuring
+from coordinator import checkpoints, report_page, run_folder
 from coordinator.checkpoints import Checkpoint
 from coordinator.coordinator import RUN_COMPLETE, Coordinator
 from coordinator.embedded_broker import EmbeddedBroker
@@ -25,12 +24,14 @@ from coordinator.model_store import ModelStore
 from coordinator.planner import adaptable_shapes
 from coordinator.presence import Presence
 from coordinator.reporting import Reporter, Tallies
+from coordinator.server_measuring import ServerWork, measure_server
 from coordinator.settings import CoordinatorSettings
 from shared import health, logs
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
 from shared.config import BrokerSettings, base_folder
 from shared.errors import HsplitError, StorageError
+from shared.protocol.profile import Measurements
 from shared.protocol.topics import coordinator_filters
 from shared.transport.link import MessageLink
 from shared.transport.mqtt import MqttTransport
@@ -67,7 +68,7 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
         model = GlobalModel(settings, start.store, start.architecture)
         if checkpoint is not None:
             model.resume(checkpoint)
-        fleet = _fleet(start)
+        fleet = _fleet(start, clock)
         reporter = _reporter(settings, link, clock, checkpoint=checkpoint)
         stack.callback(reporter.close)
         coordinator = Coordinator(
@@ -151,9 +152,23 @@ def _prepared(settings: CoordinatorSettings, *, resume: bool) -> _Start:
     return _Start(settings, store, architecture, checkpoint)
 
 
-def _fleet(start: _Start) -> Fleet:
-    measure = functools.partial(server_measuring.of_run, start.settings, start.store)
-    fleet = Fleet(start.settings, start.architecture, measure_server=measure)
+def _fleet(start: _Start, clock: Clock) -> Fleet:
+    settings, store = start.settings, start.store
+
+    def measure(micro_batch: int, length: int) -> Measurements:
+        work = ServerWork(
+            config=store.config,
+            tensors=store.tensors(),
+            training=settings.training_terms,
+            lora=settings.lora,
+            optimizer=settings.optimizer,
+            micro_batch=micro_batch,
+            length=length,
+            device=None if settings.device == "auto" else settings.device,
+        )
+        return measure_server(work, clock, memory_bytes=settings.memory_limit)
+
+    fleet = Fleet(settings, start.architecture, measure_server=measure)
     if start.checkpoint is not None:
         fleet.resume(start.checkpoint.state)
     return fleet

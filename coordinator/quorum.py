@@ -6,6 +6,7 @@ import enum
 from collections.abc import Sequence
 
 from coordinator.settings import DeviceRules
+from shared.errors import QuorumError
 
 
 class Verdict(enum.Enum):
@@ -30,6 +31,13 @@ class Quorum:
         """Begin to wait anew: a round is over, or the link was."""
         self._idle_since_s = now_s
         self._enough_since_s = None
+
+    def too_few(self, ready: int, *, least: int) -> QuorumError:
+        """Return the error that giving up is."""
+        return QuorumError(
+            f"{ready} of at least {least} devices were ready within "
+            f"{self._rules.join_timeout_s:.0f} s: start more agents, or lower devices.min"
+        )
 
     def judge(
         self, ready: int, *, on_their_way: Sequence[float], least: int, now_s: float

@@ -70,7 +70,8 @@ class Refinement:
 
     def correct(self, choices: Choices) -> bool:
         """Put simulated steps of single devices into the tables; tell whether that is news."""
-        return any([self._correct(index, choice) for index, choice in enumerate(choices)])
+        news = [self._correct(index, choice) for index, choice in enumerate(choices)]
+        return any(news)
 
     def improved(self, starts: Sequence[Choices]) -> Choices:
         """Return the best of ``starts``, or one that is better still."""
@@ -88,7 +89,8 @@ class Refinement:
         for _ in range(RANKINGS):
             ranked = heapq.nsmallest(SHORTLIST, _neighbours(best, self._around))
             found = [choices for _, choices in ranked]
-            if not any([self.correct(choices) for choices in found]):
+            news = [self.correct(choices) for choices in found]
+            if not any(news):
                 break
         return found
 

@@ -82,6 +82,16 @@ class History:
     importance_change: float
     steps_left: int
 
+    @property
+    def has_rested(self) -> bool:
+        """Whether the last change is long enough ago for another."""
+        return self.rounds_since_change >= LEAST_ROUNDS_APART
+
+    @property
+    def may_rank(self) -> bool:
+        """Whether ranks follow importance now."""
+        return self.has_rested and self.importance_change > IMPORTANCE_CHANGE
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
@@ -102,13 +112,11 @@ def decide(
     much slower than was assumed. Ranks follow importance, at the same distance.
     """
     both = {device: one for device, one in standing.items() if device in proposal.plans}
-    rested = history.rounds_since_change >= LEAST_ROUNDS_APART
-    new_ranks = rested and history.importance_change > IMPORTANCE_CHANGE
-    why = _why_cut(both, proposal, history, rested=rested)
+    why = _why_cut(both, proposal, history)
     changed: dict[DeviceId, DevicePlan] = {}
     for device, one in both.items():
         proposed = proposal.plans[device]
-        plan = _merged(one, proposed, new_cut=why is not None, new_ranks=new_ranks)
+        plan = _merged(one, proposed, new_cut=why is not None, new_ranks=history.may_rank)
         if plan != one.plan:
             changed[device] = plan
     if not changed:
@@ -142,13 +150,13 @@ def switch_seconds(
 
 
 def _why_cut(
-    standing: Mapping[DeviceId, Standing], proposal: Proposal, history: History, *, rested: bool
+    standing: Mapping[DeviceId, Standing], proposal: Proposal, history: History
 ) -> Why | None:
     """Return why cuts and batches change; None: they stay."""
     if any(one.lacks_memory for one in standing.values()):
         return "memory"
     slower = any(one.is_much_slower for one in standing.values())
-    if not (rested or slower):
+    if not (history.has_rested or slower):
         return None
     if proposal.gain_s <= LEAST_GAIN * proposal.current.step_s:
         return None

@@ -125,11 +125,13 @@ class Reporter:
         step: int,
         *,
         plans: Mapping[DeviceId, DevicePlan],
+        server_ranks: Mapping[str, int],
         fleet: FleetPlan | None,
     ) -> None:
         """Write the parts of a round's devices where they are other than before.
 
-        ``fleet``: the latest plan that was made for all together, if one was.
+        ``server_ranks`` by module, of the blocks that the server holds. ``fleet``: the latest plan
+        that was made for all together, if one was.
         """
         if plans == self._written:
             return
@@ -142,7 +144,8 @@ class Reporter:
                 step,
                 predicted_step_s=None if fleet is None else fleet.predicted_step_s,
                 devices={device: _entry(device, plan, fleet) for device, plan in plans.items()},
-                refused={} if fleet is None else {**fleet.refused},
+                refused={} if fleet is None else {str(d): why for d, why in fleet.refused.items()},
+                server_ranks=server_ranks,
             )
 
     def weighed(self, round_: int, step: int, scores: Mapping[str, float]) -> None:

@@ -80,8 +80,7 @@ class ServerProbe:
         arrived = self._through.read(sent, name=name)
         back = self._through.back
         back.adapters.dropout.begin(None)
-        candidates = self._passed(sent.split_layer)
-        with watching(back.skeleton, candidates, source=arrived.hidden_ND) as watched:
+        with watching(back.skeleton, self._modules, source=arrived.hidden_ND) as watched:
             hidden_ND = self._through.run(arrived)
         waiting = _Open(watched, hidden_ND, target_tokens)
         if arrived.labels_N is None:
@@ -123,10 +122,6 @@ class ServerProbe:
         """Return what was measured since the last time, by module, and start anew."""
         measured, self._measured = self._measured, {}
         return measured
-
-    def _passed(self, split_layer: int) -> tuple[str, ...]:
-        block_of = self._through.back.architecture.block_of
-        return tuple(module for module in self._modules if block_of(module) >= split_layer)
 
     def _backward(
         self, waiting: _Open, output: torch.Tensor, outer: torch.Tensor | None, *, name: str

@@ -12,6 +12,9 @@ from coordinator.conditions import Conditions, FleetDevice
 from coordinator.cost_model import ServerCosts
 from shared.errors import PlanError
 
+SHARE_BYTES_PER_PARAMETER = 4
+"""Each device's gradients of the open step are kept apart until it closes."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerRoom:
@@ -43,6 +46,7 @@ def server_room(
     head = conditions.training.labels == "server"
     first_block_K = np.arange(1, server.block_count + 1)
     needed_K = server.memory_bytes(first_block_K, tokens, open_=open_, head=head)
+    needed_K += (len(devices) - 1) * SHARE_BYTES_PER_PARAMETER * server.parameters[first_block_K]
     fits = np.flatnonzero(needed_K <= limit)
     if len(fits):
         return ServerRoom(int(first_block_K[fits[0]]), tokens)

@@ -192,6 +192,8 @@ class CoordinatorSettings(HsplitSettings):
     """CPU threads of the server's part; None: as many as torch takes."""
     device: ComputeDevice = "auto"
     """Where the server's part computes."""
+    memory_limit: MemoryLimit | None = None
+    """What the server's part may use; None: as much as it needs."""
     report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
 
     @property

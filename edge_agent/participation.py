@@ -22,7 +22,14 @@ from edge_agent.vocabulary import Vocabulary
 from shared.adapters import LoraPair, ModuleAdapter
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
-from shared.errors import ModelError, PlanError, ProtocolError, RefusedError, StorageError
+from shared.errors import (
+    MemoryFullError,
+    ModelError,
+    PlanError,
+    ProtocolError,
+    RefusedError,
+    StorageError,
+)
 from shared.protocol.messages import (
     Accepted,
     AdapterTensors,
@@ -147,19 +154,31 @@ class Participation:
                 assignment = answer
                 answer = yield from self._prepare(assignment)
             elif isinstance(answer, RoundStart) and assignment is not None:
-                answer = yield from self._take_round(answer, assignment)
+                try:
+                    answer = yield from self._take_round(answer, assignment)
+                except MemoryFullError as error:
+                    answer = yield from self._ask_for_less(error)
             else:
                 raise ProtocolError(f"unexpected answer {type(answer).__name__}")
         return answer
 
-    def _ask_ready(self) -> Script[Answer]:
+    def _ask_ready(self, overloaded: str | None = None) -> Script[Answer]:
         self.phase = "waiting for the next round"
         data = self._data.shape(self._measure_at or 1)
         return (
             yield from self._conversation.ask_any(
-                lambda call: Ready(call=call, data=data, measurements=self._measurements)
+                lambda call: Ready(
+                    call=call, data=data, measurements=self._measurements, overloaded=overloaded
+                )
             )
         )
+
+    def _ask_for_less(self, error: MemoryFullError) -> Script[Answer]:
+        """Give up the open round, and ask for a part that this device can carry."""
+        logger.warning("this part is too much for this device: %s", error)
+        self._parts.backend.discard()
+        self._conversation.forget_calls()
+        return (yield from self._ask_ready(str(error)[:4000]))
 
     # --- preparing ----------------------------------------------------------------------------
 
@@ -253,7 +272,9 @@ class Participation:
         return loss
 
     def _evaluate(self, start: RoundStart, assignment: Assignment) -> Script[None]:
-        batches = self._data.evaluation_batches(self._training.evaluate_batch)
+        # No more at once than in training, or a device with little memory could train only.
+        size = min(self._training.evaluate_batch, assignment.micro_batch)
+        batches = self._data.evaluation_batches(size)
         step = start.first_step
         work = self._work(start, assignment, step=step, batches=batches, purpose="evaluate")
         loss = yield from local_training.run(work, self._parts.backend, self._conversation)

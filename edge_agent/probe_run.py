@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeAlias
 
 from edge_agent.backends.base import Backend, FrontBase, MicroBatch, TokenBatch
@@ -92,6 +93,7 @@ class ProbeRun:
 
     def _held_for(self, load: Load) -> Load:
         """Hold what ``load`` needs, or fewer blocks; return the load with as many as are held."""
+        self._say(ProbeLine(attempt=str(load)))
         try:
             self._hold(load.blocks, larger_adapters=load.larger_adapters)
         except PlanError:
@@ -134,7 +136,6 @@ class ProbeRun:
 
     def _attempt(self, load: Load) -> None:
         self._memory.check_room(load)
-        self._say(ProbeLine(attempt=str(load)))
         if load.part == "blocks":
             self._say(ProbeLine(block=self._blocks(load)))
             self._points += 1
@@ -148,25 +149,31 @@ class ProbeRun:
     def _blocks(self, load: Load) -> BlockPoint:
         batch, gradient = self._batch(load), self._gradient(load)
 
+        def forward(key: MicroBatch) -> float:
+            return stopwatch(partial(self._forward, key, batch), self._clock)
+
+        def backward(key: MicroBatch) -> float:
+            return stopwatch(partial(self._backward, key, gradient), self._clock)
+
         def once(number: int) -> tuple[float, ...]:
-            key = MicroBatch(0, number)
-            forward_s = stopwatch(lambda: self._forward(key, batch), self._clock)
-            backward_s = stopwatch(lambda: self._backward(key, gradient), self._clock)
-            return forward_s, backward_s
+            keys = [MicroBatch(number, index) for index in range(load.in_flight)]
+            there_s = sum(map(forward, keys))
+            return there_s / len(keys), sum(map(backward, keys)) / len(keys)
 
         with watched_peak(self._backend) as peak:
             timings = repeat(once, budget_s=self._budget.next_s(), clock=self._clock)
         self._memory.learn(load, peak)
-        forward, backward = timings
-        self._seconds_per_size = (forward.seconds + backward.seconds) / load.size
+        there, back = timings
+        self._seconds_per_size = load.in_flight * (there.seconds + back.seconds) / load.size
         return BlockPoint(
             blocks=load.blocks,
             adapter_parameters=self._parameters(load),
             sequences=load.sequences,
             length=load.length,
-            forward_s=forward.seconds,
-            backward_s=backward.seconds,
-            spread=max(forward.spread, backward.spread),
+            in_flight=load.in_flight,
+            forward_s=there.seconds,
+            backward_s=back.seconds,
+            spread=max(there.spread, back.spread),
             peak_bytes=self._memory.of_program(peak),
         )
 
@@ -175,9 +182,7 @@ class ProbeRun:
         hidden = self._backend.forward(key, self._batch(load), train=True)
 
         def once(_: int) -> tuple[float, ...]:
-            return (
-                stopwatch(lambda: self._backend.head(key, hidden, train=True), self._clock),
-            )
+            return (stopwatch(lambda: self._backend.head(key, hidden, train=True), self._clock),)
 
         with watched_peak(self._backend) as peak:
             (timing,) = repeat(once, budget_s=self._budget.next_s(), clock=self._clock)
@@ -199,9 +204,7 @@ class ProbeRun:
             return (stopwatch(step, self._clock),)
 
         (timing,) = repeat(once, budget_s=self._budget.next_s(), clock=self._clock)
-        return OptimizerPoint(
-            adapter_parameters=self._parameters(load), seconds=timing.seconds
-        )
+        return OptimizerPoint(adapter_parameters=self._parameters(load), seconds=timing.seconds)
 
     def _forward(self, key: MicroBatch, batch: TokenBatch) -> None:
         self._backend.forward(key, batch, train=True)
@@ -218,7 +221,7 @@ class ProbeRun:
 
     def _gradient(self, load: Load) -> TensorFrame:
         width = self._architecture.hidden_size
-        gradient_ND = probe_loads.small_gradient_ND(load.tokens, width, seed=SEED)
+        gradient_ND = probe_loads.small_values_ND(load.tokens, width, seed=SEED)
         return pack(gradient_ND, self._spec.training.wire_dtype)
 
 

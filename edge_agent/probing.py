@@ -146,9 +146,7 @@ def _complaint(ended: _Ended, timeout_s: float) -> str | None:
     return f"it ended with {ended.exit_code}{doing}: {last[0][:500]}"
 
 
-def _refused(
-    said: ProbeResult, ended: _Ended, spec: ProbeSpec, timeout_s: float
-) -> HsplitError:
+def _refused(said: ProbeResult, ended: _Ended, spec: ProbeSpec, timeout_s: float) -> HsplitError:
     """Return the error that says why there are too few points."""
     reason = _complaint(ended, timeout_s) or "; ".join(said.warnings) or "it said nothing"
     code = PlanError.exit_code if ended.exit_code in (None, 0) else ended.exit_code

@@ -229,7 +229,8 @@ def _memory(measurements: Measurements, shapes: Vector) -> _Memory:
     known = measurements.runtime_bytes + HELD_BYTES_PER_PARAMETER * parameters
     # What is left to explain; a little at least, so that every point can be weighed by it.
     rest = np.maximum(peaks - known, 1.0)
-    columns = (np.ones_like(tokens), blocks, tokens, blocks * tokens)
+    in_flight = np.array([point.in_flight for point in measurements.blocks])
+    columns = (np.ones_like(tokens), blocks, tokens, in_flight * blocks * tokens)
     once, *others = _fitted(columns, rest, _MEMORY_PRICES)
     return _Memory(measurements.runtime_bytes + once, *others)
 
@@ -237,4 +238,5 @@ def _memory(measurements: Measurements, shapes: Vector) -> _Memory:
 def _fitted(columns: tuple[Vector, ...], values: Vector, prices: tuple[float, ...]) -> list[float]:
     """Return the weights of ``columns`` that add up to ``values`` best, each point relative."""
     design = np.stack(columns, axis=1) / values[:, None]
-    return nonnegative_least_squares(design, np.ones_like(values), np.array(prices)).tolist()
+    weights = nonnegative_least_squares(design, np.ones_like(values), np.array(prices))
+    return [float(weight) for weight in weights]

@@ -7,6 +7,7 @@
     ├── DataError                    3   a data file is missing, malformed or empty
     ├── ModelError                   4   unknown model or architecture, damaged weights
     ├── PlanError                    5   no plan fits: split layer, rank, memory, modules
+    │   └── MemoryFullError          5   what was tried takes more memory than there is
     ├── NumericsError                6   NaN, infinity, or a shape that does not belong
     ├── TransportError              10   the broker link failed
     │   ├── BrokerUnreachableError  11   nobody answers at that address
@@ -55,6 +56,10 @@ class PlanError(HsplitError):
     """No split layer and ranks satisfy what was asked; the message holds both numbers."""
 
     exit_code = 5
+
+
+class MemoryFullError(PlanError):
+    """What was tried takes more memory than there is; something smaller may fit."""
 
 
 class NumericsError(HsplitError):

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Vector: TypeAlias = npt.NDArray[np.float64]
+Mask: TypeAlias = npt.NDArray[np.bool_]
 
 RIDGE = 1e-7
 """Weight of a coefficient's price beside the points' errors: decides only what these leave open."""
@@ -30,7 +31,8 @@ def nonnegative_least_squares(design_PC: Vector, target_P: Vector, prices_C: Vec
     # The price as more rows to satisfy: with them the answer is always unique.
     rows = np.concatenate([design_PC / scales_C, np.diag(RIDGE * prices_C)])
     wanted = np.concatenate([target_P, np.zeros(len(prices_C))])
-    return _active_sets(rows, wanted) * (norms_C > 0) / scales_C
+    x_C: Vector = _active_sets(rows, wanted) * (norms_C > 0) / scales_C
+    return x_C
 
 
 def _active_sets(rows: Vector, wanted: Vector) -> Vector:
@@ -49,7 +51,7 @@ def _active_sets(rows: Vector, wanted: Vector) -> Vector:
     return x_C
 
 
-def _descend(rows: Vector, wanted: Vector, x_C: Vector, free_C: Vector) -> Vector:
+def _descend(rows: Vector, wanted: Vector, x_C: Vector, free_C: Mask) -> Vector:
     """Go to the best x of the free coefficients, tying those at 0 that would turn negative."""
     while True:
         goal_C = np.zeros_like(x_C)

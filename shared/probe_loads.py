@@ -29,10 +29,10 @@ FALLBACK_RANK = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """One point: ``part`` of the work of ``blocks`` blocks, on one micro-batch.
+    """One point: ``part`` of the work of ``blocks`` blocks, on micro-batches of one size.
 
-    ``part``: the blocks' forward and backward pass, the head's, or an optimizer step over the
-    smaller or the larger adapters.
+    ``in_flight``: how many of them are kept at once. ``part``: the blocks' forward and backward
+    pass, the head's, or an optimizer step over the smaller or the larger adapters.
     """
 
     part: Literal["blocks", "head", "optimizer"] = "blocks"
@@ -40,6 +40,7 @@ class Load:
     larger_adapters: bool = False
     sequences: int
     length: int
+    in_flight: int = 1
 
     @property
     def tokens(self) -> int:
@@ -49,10 +50,12 @@ class Load:
     @property
     def size(self) -> int:
         """What its time, and its memory beyond the weights, are about proportional to."""
-        return self.blocks * self.tokens
+        return self.blocks * self.tokens * self.in_flight
 
     def halved(self) -> Load | None:
-        """Return the same with half the sequences, or half the length; None: no smaller one."""
+        """Return the same with half of the largest of its numbers; None: no smaller one."""
+        if self.in_flight > 1:
+            return replace(self, in_flight=self.in_flight // 2)
         if self.sequences > 1:
             return replace(self, sequences=self.sequences // 2)
         return replace(self, length=self.length // 2) if self.length > 1 else None
@@ -62,16 +65,16 @@ class Load:
         part = "" if self.part == "blocks" else f"the {self.part} at "
         adapters = " with larger adapters" if self.larger_adapters else ""
         blocks = f"{self.blocks} block{'s' if self.blocks > 1 else ''}"
-        return f"{part}{blocks}{adapters} on {self.sequences} x {self.length} tokens"
+        several = f"{self.in_flight} times " if self.in_flight > 1 else ""
+        return f"{part}{blocks}{adapters} on {several}{self.sequences} x {self.length} tokens"
 
 
-def loads(
-    available_blocks: int, *, micro_batch: int, length: int, head: bool
-) -> tuple[Load, ...]:
+def loads(available_blocks: int, *, micro_batch: int, length: int, head: bool) -> tuple[Load, ...]:
     """Return the points to measure: fewest blocks first, and of equal blocks the smaller.
 
-    Two numbers of blocks where there are as many, two numbers of tokens, two sizes of adapters.
-    The order is that of need: what comes first is of use without the rest.
+    Two numbers of blocks where there are as many, two numbers of tokens, two sizes of adapters,
+    one and two micro-batches at once. The order is that of need: what comes first is of use
+    without the rest.
     """
     full = Load(blocks=1, sequences=micro_batch, length=length)
     small = replace(full, sequences=1) if micro_batch > 1 else full.halved() or full
@@ -79,7 +82,7 @@ def loads(
     many = min(MOST_BLOCKS, available_blocks)
     more = tuple(replace(size, blocks=many) for size in sizes) if many > 1 else ()
     heads = tuple(replace(size, part="head") for size in sizes) if head else ()
-    largest = replace(full, blocks=many, larger_adapters=True)
+    largest = replace(full, blocks=many, larger_adapters=True, in_flight=2)
     return (
         *sizes,
         *more,
@@ -136,7 +139,7 @@ def random_tokens(count: int, *, vocab_size: int, seed: int) -> npt.NDArray[np.i
     return np.random.default_rng(seed).integers(0, vocab_size, count, dtype=np.int32)
 
 
-def small_gradient_ND(tokens: int, hidden_size: int, *, seed: int) -> npt.NDArray[np.float32]:
-    """Return a gradient as a head's might be: small, and nowhere zero or denormal."""
+def small_values_ND(tokens: int, hidden_size: int, *, seed: int) -> npt.NDArray[np.float32]:
+    """Return values as activations or their gradients may be: small, not zero or denormal."""
     random = np.random.default_rng(seed)
     return (1e-3 * random.standard_normal((tokens, hidden_size))).astype(np.float32)

@@ -26,7 +26,7 @@ from edge_agent.backends.base import Backend, FrontBase, MicroBatch, TokenBatch
 from edge_agent.emulation.resident import forget_peak, peak_bytes
 from edge_agent.emulation.spec import Emulation
 from shared.adapters import AdapterState, HeldAdapters
-from shared.errors import PlanError
+from shared.errors import MemoryFullError
 from shared.memory_use import AcceleratorMemory, trim
 from shared.protocol.messages import DeviceId
 from shared.protocol.tensors import TensorFrame
@@ -180,10 +180,10 @@ def check_memory(used_bytes: int, limit_bytes: int) -> None:
     """Do nothing while it fits.
 
     Raises:
-        PlanError: more is used than the emulated device has.
+        MemoryFullError: more is used than the emulated device has.
     """
     if used_bytes > limit_bytes:
-        raise PlanError(
+        raise MemoryFullError(
             f"this emulated device is out of memory: {used_bytes / MIB:.0f} MiB of "
             f"{limit_bytes / MIB:.0f} MiB used (--emulate memory): lower plan.micro_batch, "
             "plan.in_flight, plan.split_layer or training.max_length"

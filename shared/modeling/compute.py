@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from shared.errors import ConfigError, PlanError
+from shared.errors import ConfigError, MemoryFullError
 
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 """In the words of the plain `RuntimeError` that torch raises where the CPU's memory is full."""
@@ -35,14 +35,14 @@ def explained_out_of_memory(owner: str) -> Iterator[None]:
     """Say what to lower where the memory of ``owner`` is full; also a decorator.
 
     Raises:
-        PlanError: torch ran out of memory inside.
+        MemoryFullError: torch ran out of memory inside.
     """
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and _CPU_ALLOCATOR not in str(error):
             raise
-        raise PlanError(
+        raise MemoryFullError(
             f"{owner} is out of memory: lower plan.micro_batch, plan.in_flight or "
             f"training.max_length ({str(error).splitlines()[0][:200]})"
         ) from error

@@ -86,13 +86,15 @@ class PieceRequest:
 class Ready:
     """Agent: my data is tokenised, I wait for a part. Answer: `Assignment` or `Finished`.
 
-    ``measurements`` where `Welcome` asked for them.
+    ``measurements`` where `Welcome` asked for them. ``overloaded``: why the part that this device
+    had was too much for it; it takes no further part in the open round.
     """
 
     type: Literal["ready"] = "ready"
     call: Call
     data: DataShape | None = None
     measurements: Measurements | None = None
+    overloaded: Text | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,15 +31,16 @@ class BlockPoint:
     """One measured stack of blocks: a device's front with its embeddings, or a server's back.
 
     ``blocks`` blocks with ``adapter_parameters`` LoRA values in all of them, on one micro-batch
-    of ``sequences`` x ``length`` tokens. Medians of a training forward and backward pass.
-    ``peak_bytes``: the most memory that the whole program took meanwhile, with this one
-    micro-batch in it and neither head nor optimizer; on a discrete GPU the GPU's memory.
+    of ``sequences`` x ``length`` tokens. Medians of one's training forward and backward pass.
+    ``peak_bytes``: the most memory that the whole program took meanwhile, with ``in_flight`` such
+    micro-batches in it at once and neither head nor optimizer; on a discrete GPU the GPU's memory.
     """
 
     blocks: Positive
     adapter_parameters: Count
     sequences: Positive
     length: Positive
+    in_flight: Positive = 1
     forward_s: Duration
     backward_s: Duration
     spread: Spread = 0.0

@@ -52,9 +52,7 @@ def _fitting(
     for split_layer, micro_batch in itertools.product(range(1, blocks + 1), sizes):
         if micro_batch > device.terms.batch:
             continue
-        ranks, scalings = adapted(
-            device.terms.lora, conditions.architecture, range(split_layer)
-        )
+        ranks, scalings = adapted(device.terms.lora, conditions.architecture, range(split_layer))
         for in_flight in range(device.terms.in_flight, 0, -1):
             plan = DevicePlan(
                 split_layer=split_layer,

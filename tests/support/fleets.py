@@ -69,9 +69,7 @@ class Machine:
             memory_bytes=self.memory_bytes,
             blocks=blocks,
             head=tuple(
-                HeadPoint(
-                    tokens=n, seconds=(1e-4 + 1e-5 * n) / self.speed, extra_bytes=2_000 * n
-                )
+                HeadPoint(tokens=n, seconds=(1e-4 + 1e-5 * n) / self.speed, extra_bytes=2_000 * n)
                 for n in tokens
             ),
             optimizer=tuple(

@@ -249,9 +249,7 @@ def probe_child(spec: ProbeSpec) -> Measurements:
 def run_point(spec: ProbeSpec, point: Point, options: argparse.Namespace) -> Found:
     """Train at a point in fresh processes; return medians over them."""
     work = WORK.dump_json(Work(spec, point, options.steps))
-    found = [
-        FOUND.validate_json(_child("--point-child", work)) for _ in range(options.repeats)
-    ]
+    found = [FOUND.validate_json(_child("--point-child", work)) for _ in range(options.repeats)]
     return Found(
         statistics.median(one.seconds for one in found),
         max(one.spread for one in found),
@@ -277,7 +275,7 @@ def bench_family(
         parameters = probe_loads.parameter_count(
             store.architecture, ranks_of(store.architecture, spec.lora, point)
         )
-        row = {"family": family, **asdict(point), "adapter_parameters": parameters}
+        row: dict[str, Any] = {"family": family, **asdict(point), "adapter_parameters": parameters}
         row["runtime_bytes"] = measured.runtime_bytes
         row["predicted"] = asdict(predicted(costs, point, parameters))
         row["measured"] = asdict(run_point(spec, point, options))
@@ -348,8 +346,9 @@ def main() -> None:
         f"{options.threads} thread(s), {options.steps} steps, median of {options.repeats} processes"
     )
     print(
-        f"{'family':<7}{'k':>3}{'rank':>6}{'micro':>7}{'flight':>7}{'MiB pred.':>11}{'measured':>10}"
-        f"{'error':>8}{'-runtime':>9}{'ms pred.':>11}{'measured':>10}{'error':>8}{'spread':>8}"
+        f"{'family':<7}{'k':>3}{'rank':>6}{'micro':>7}{'flight':>7}"
+        f"{'MiB pred.':>11}{'measured':>10}{'error':>8}{'-runtime':>9}"
+        f"{'ms pred.':>11}{'measured':>10}{'error':>8}{'spread':>8}"
     )
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -48,7 +48,7 @@ from tests.testbed.system import ROOT
 DEVICE = DeviceId("bench")
 BATCH, MAX_LENGTH, EVALUATE_BATCH = 8, 128, 24
 PROBE_SEQUENCES, PROBE_MICRO_BATCH = 64, 8
-ALPHA_PER_RANK = 2.0
+LORA_ALPHA = 16.0
 TARGETS = ("c_attn", "c_proj", "c_fc")
 WARM_UP_STEPS = 10
 TUNING_SEED = 100
@@ -68,7 +68,7 @@ class Job:
 
     @property
     def lora(self) -> LoraTerms:
-        return LoraTerms(r=self.rank, lora_alpha=ALPHA_PER_RANK * self.rank, target_modules=TARGETS)
+        return LoraTerms(r=self.rank, lora_alpha=LORA_ALPHA, target_modules=TARGETS)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Bench:
         ranks, _ = adapted(self.job.lora, self.architecture, self.blocks)
         if self.job.method == "uniform":
             return ranks
-        scores = _changed(self.job, self.importance())
+        scores = self._scores()
         cut = self.job.split_layer or self.blocks.stop
         found: dict[str, int] = {}
         for part in (range(cut), range(cut, self.blocks.stop)):
@@ -132,6 +132,22 @@ class Bench:
             found |= ranks_by_importance(scores, features, budget_parameters=budget)
         return found
 
+    def _scores(self) -> Mapping[str, float]:
+        """Return the scores that the method goes by."""
+        scores = self.importance()
+        if self.job.method == "inverse":
+            return {module: 1 / score for module, score in scores.items()}
+        if self.job.method == "importance":
+            return scores
+        # Among modules of one kind, so that only the block that a score belongs to is wrong.
+        random = np.random.default_rng(self.job.seed)
+        shuffled: dict[str, float] = {}
+        for kind in self.architecture.linears:
+            own = [module for module in scores if module.endswith("." + kind)]
+            moved = random.permutation([scores[module] for module in own]).tolist()
+            shuffled |= zip(own, moved, strict=True)
+        return shuffled
+
     def train(self) -> Outcome:
         """Train from fresh adapters, as a run's first hand-back makes them; evaluate."""
         ranks = {module: rank for module, rank in self.ranks().items() if rank}
@@ -139,7 +155,8 @@ class Bench:
             name=DEVICE,
             blocks=self.blocks,
             ranks=ranks,
-            scalings=dict.fromkeys(ranks, ALPHA_PER_RANK),
+            # As the planner does: a module keeps the scaling that the terms give it.
+            scalings=dict.fromkeys(ranks, LORA_ALPHA / self.job.rank),
             fresh=True,
         )
         update = initial(adaptable_shapes(self.job.lora, self.architecture))
@@ -181,23 +198,6 @@ def _joined(vocabulary: Vocabulary, files: Sequence[Path]) -> Sequences:
     return Sequences.join(parts)
 
 
-def _changed(job: Job, scores: Mapping[str, float]) -> Mapping[str, float]:
-    """Return the scores that a method goes by."""
-    if job.method == "inverse":
-        return {module: 1 / score for module, score in scores.items()}
-    if job.method == "importance":
-        return scores
-    # Among modules of one shape, so that as many of each kind are as important as before.
-    kinds: dict[str, list[str]] = {}
-    for module in scores:
-        kinds.setdefault(module.rpartition("h.")[2].partition(".")[2], []).append(module)
-    random = np.random.default_rng(job.seed)
-    shuffled: dict[str, float] = {}
-    for modules in kinds.values():
-        shuffled |= zip(modules, random.permutation([scores[m] for m in modules]), strict=True)
-    return shuffled
-
-
 def run(job: Job) -> Outcome:
     """Carry out one job, in whatever process."""
     torch.set_num_threads(1)
@@ -216,7 +216,9 @@ def main() -> None:
     options = _options()
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         tuning = pool.map(run, _tuning_jobs(options), chunksize=1)
-        rates = _best_rates(tuning)
+        rates = _best_rates(tuning) or {
+            (job.method, job.rank): job.learning_rate for job in _jobs(options)
+        }
         jobs = [
             dataclasses.replace(job, learning_rate=rates[job.method, job.rank], seed=seed)
             for job in _jobs(options)
@@ -242,6 +244,8 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def _tuning_jobs(options: argparse.Namespace) -> list[Job]:
+    if len(options.rates) == 1:
+        return []  # there is nothing to choose from
     return [
         dataclasses.replace(job, learning_rate=rate)
         for job in _jobs(options)
@@ -317,11 +321,11 @@ def _report(
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8], help="of uniform ranks")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16], help="of uniform ranks")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["uniform", "importance"])
-    parser.add_argument("--rates", type=float, nargs="+", default=[7e-3, 1e-2, 1.4e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-3, 7e-3, 1e-2])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument(
         "--split-layer", type=int, help="each side of this cut has a budget of its own"
     )

@@ -19,7 +19,7 @@ from shared.terms import LoraTerms
 from tests.testbed import large_base
 from tests.testbed.system import ROOT, Process, System
 
-LENGTH = 64
+LENGTH = 124
 """Tokens that every sequence is computed at, so that equal batches are equal work."""
 LINES = 200
 RANK = 8

@@ -36,6 +36,10 @@ COORDINATOR = {
     "run": {
         *("file", "--resume", "--run-id", "--model", "--broker", "--log-level", "--log-format"),
     },
+    "plan": {
+        *("file", "profiles", "--server-profile", "--measure-server", "--json"),
+        *("--log-level", "--log-format"),
+    },
     "demo": {"--folder", "--labels", "--rounds", "--log-level", "--log-format"},
     "export": {"run_folder", "--to", "--merged"},
     "report": {"run_folder", "--to"},

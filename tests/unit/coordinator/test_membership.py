@@ -70,6 +70,7 @@ class World:
             run_id=RUN,
             model=SAMPLES["welcome"].model,
             terms=TERMS,
+            measure_at=lambda _: 4,
             lost_after_s=LOST_AFTER_S,
             on_lost=self.lost.append,
         )
@@ -124,6 +125,7 @@ def test_a_device_that_joins_is_told_the_run_its_model_and_its_terms():
         training=TERMS[0],
         lora=TERMS[1],
         optimizer=TERMS[2],
+        measure_at=4,
     )
 
 
