@@ -106,6 +106,10 @@ bench: install mosquitto ## Split training against one process, and bytes agains
 bench-planner: install ## The planner against brute force, and its time for 10,000 devices
 	$(BIN)/python -m tests.testbed.bench_planner $(BENCH_ARGS)
 
+.PHONY: bench-importance
+bench-importance: install ## Held-out perplexity: ranks by importance against equal ranks
+	$(BIN)/python -m tests.testbed.bench_importance $(BENCH_ARGS)
+
 .PHONY: clean
 clean: ## Remove environments, caches and builds; runs/ stays
 	rm -rf .venv .venv310 build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -48,7 +48,7 @@ class Conditions:
 
     ``server``: None: not measured, so its work is taken as free. ``server_lora``: what the
     server's copies of the blocks are adapted with. ``rounds``: aggregations of the whole run,
-    which bound what a `residual` can grow to.
+    which bound what a `residual` can grow to. ``most_blocks`` that any device may be given.
     """
 
     architecture: ModelArchitecture
@@ -60,6 +60,7 @@ class Conditions:
     rounds: int = 5
     open_micro_batches: int = 16
     balance_batches: bool = True
+    most_blocks: int | None = None
     ranks: RankPolicy = "importance"
 
     @classmethod
@@ -82,5 +83,6 @@ class Conditions:
             rounds=settings.rounds.count,
             open_micro_batches=settings.devices.open_micro_batches,
             balance_batches=settings.plan.balance_batches,
+            most_blocks=settings.plan.most_blocks or max(1, architecture.block_count - 1),
             ranks=settings.plan.ranks,
         )

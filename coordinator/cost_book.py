@@ -31,6 +31,7 @@ class CostBook:
             PlanError: its measurements cannot be true.
         """
         self._conditions = conditions
+        self.most_blocks = conditions.most_blocks
         self._sizes = SizeBook(conditions, growth=residual_growth(devices, conditions))
         rest = self._sizes.of(conditions.server_lora).rest
         self.server = ServerCosts(

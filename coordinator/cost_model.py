@@ -26,6 +26,8 @@ Integers: TypeAlias = "npt.NDArray[np.int64] | int"
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LABEL_BYTES = 4
+SPARE = 0.05
+"""What a device keeps free beyond what its part should need: predictions are that exact."""
 CONTENTION = 3
 """Exponent of `contended_s`."""
 
@@ -198,7 +200,7 @@ class DeviceCosts:
     head: bool
 
     def memory_bytes(self, cut: Cut, micro_batch: Integers, *, at_once: Integers) -> Array:
-        """The whole program with ``at_once`` micro-batches of the longest sequences."""
+        """The whole program with ``at_once`` of the longest micro-batches, and `SPARE`."""
         tokens = micro_batch * self.longest
         needed = self.own.peak_bytes(
             blocks=cut.split_layer,
@@ -207,7 +209,7 @@ class DeviceCosts:
             in_flight=np.where(self.is_alone(cut.split_layer), 1, at_once),
             head_tokens=tokens if self.head else 0,
         )
-        return np.asarray(needed + cut.residual_bytes, dtype=np.float64)
+        return np.asarray((1 + SPARE) * (needed + cut.residual_bytes), dtype=np.float64)
 
     def is_alone(self, split_layer: Integers) -> npt.NDArray[np.bool_]:
         """Whether a device with this split layer holds all there is, and exchanges nothing."""

@@ -11,7 +11,7 @@ from coordinator.cost_book import CostBook
 from coordinator.options import Options
 
 Kind: TypeAlias = Literal[
-    "stated", "estimated", "kept", "whole", "unable", "memory", "server", "speed", "link"
+    "stated", "estimated", "kept", "whole", "capped", "unable", "memory", "server", "speed", "link"
 ]
 
 
@@ -20,7 +20,8 @@ class Reason:
     """What decided a split layer.
 
     ``kind``: it was ``stated``, ``estimated`` without measurements or ``kept`` as it was; it is the
-    ``whole`` model; the device was ``unable`` to prepare more; ``memory`` allows no more; more
+    ``whole`` model; the settings give no device more (``capped``); the device was ``unable`` to
+    prepare more; ``memory`` allows no more; more
     blocks relieve a busy ``server``; the device's own ``speed``, or its ``link``, leaves no time
     for more. ``allowed``: blocks that memory would allow with this ``micro_batch``.
     ``needed_bytes`` of one block more than that, against ``limit_bytes``. ``alone``: the split
@@ -55,6 +56,8 @@ def reason_of(options: Options, option: int, batch: int, *, book: CostBook) -> R
     kind = _kind(
         options, option, allowed=allowed, alone=alone, needed=needed, blocks=book.server.block_count
     )
+    if kind == "unable" and allowed != options.device.most_blocks:
+        kind = "capped"
     return Reason(
         kind=kind,
         split_layer=split_layer,
@@ -85,7 +88,7 @@ def _kind(
 def _needed(options: Options, allowed: int, micro_batch: int, *, book: CostBook) -> float | None:
     """Return the bytes of one block more than allowed; None where bytes are not the reason."""
     device = options.device
-    if allowed in (book.server.block_count, device.most_blocks):
+    if allowed in (book.server.block_count, book.most_blocks, device.most_blocks):
         return None
     if device.memory_limit_bytes is None:
         return None
@@ -99,8 +102,9 @@ def _gib(size: float | None) -> str:
 
 
 def _room(reason: Reason) -> str:
-    beyond = "" if reason.needed_bytes is None else f" ({_beyond(reason)})"
-    return f"memory allows {reason.allowed}{beyond}"
+    if reason.needed_bytes is None:
+        return f"{reason.allowed} are allowed"
+    return f"memory allows {reason.allowed} ({_beyond(reason)})"
 
 
 def _beyond(reason: Reason) -> str:
@@ -116,6 +120,7 @@ def _words(reason: Reason) -> str:
         "estimated": "estimated from the model's shapes, because it measured nothing",
         "kept": "as it has",
         "whole": "it holds the whole model",
+        "capped": "no device gets more (plan.most_blocks)",
         "unable": "it could not prepare more",
         "memory": f"memory allows no more ({_beyond(reason)})",
         "server": f"{memory}; alone {reason.alone} would be faster, but the server is busy",

@@ -74,8 +74,8 @@ class PossibleParts:
         return True
 
     def _most_blocks(self, device: FleetDevice) -> int:
-        blocks = len(self._split_layer_K)
-        return blocks if device.most_blocks is None else min(blocks, device.most_blocks)
+        limits = (self._conditions.most_blocks, device.most_blocks)
+        return min([len(self._split_layer_K), *(one for one in limits if one is not None)])
 
     def _fitting(self, devices: Sequence[FleetDevice], share: float) -> Grid:
         """Return what fits devices of equal terms with this share of their parameters."""

@@ -112,9 +112,11 @@ class PlanSettings(Section):
     have on their way; ``micro_batch``: sequences in each, None for as many as make ``in_flight``,
     or as the planner finds best. ``balance_batches``: of devices that measured themselves, the
     fast ones may take more sequences and the slow ones fewer, on average ``batch``; a device whose
-    own ``batch`` is set keeps it. ``ranks``: where a planned device's adapter parameters go; how
-    important weights are is measured on ``probe_sequences`` of each device, in every
-    ``probe_every``-th round from the first on. ``adapt``: parts may change between rounds.
+    own ``batch`` is set keeps it. ``most_blocks``: that a planned device may get, None for all but
+    one: nobody then holds the whole model who was not told to. ``ranks``: where a planned device's
+    adapter parameters go; how important weights are is measured on ``probe_sequences`` of each
+    device, in every ``probe_every``-th round from the first on. ``adapt``: parts may change between
+    rounds.
     """
 
     split_layer: PositiveInt | None = None
@@ -122,6 +124,7 @@ class PlanSettings(Section):
     micro_batch: PositiveInt | None = None
     in_flight: PositiveInt = 2
     balance_batches: bool = True
+    most_blocks: PositiveInt | None = None
     ranks: RankPolicy = "importance"
     probe_sequences: Annotated[int, Ge(0), Le(4096)] = 16
     probe_every: PositiveInt = 2

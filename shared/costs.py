@@ -192,7 +192,7 @@ def fit(measurements: Measurements) -> Costs:
         _line(at_head, [point.seconds for point in heads]),
         _line(sizes, [point.seconds for point in measurements.optimizer]),
         _memory(measurements, shapes),
-        _line(at_head, [float(point.extra_bytes) for point in heads]),
+        _line(at_head, [max(1.0, float(point.extra_bytes)) for point in heads]),
     )
 
 

@@ -109,6 +109,24 @@ def resident_bytes() -> int:
     return _status("VmRSS")
 
 
+def resident_peak_bytes() -> int:
+    """Return the most that this process held since `forget_peak`.
+
+    Raises:
+        ConfigError: this system has no ``/proc``.
+    """
+    return _status("VmHWM")
+
+
+def forget_peak() -> bool:
+    """Let the kernel count the process's peak anew; False where it does not allow that."""
+    try:
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+    except OSError:
+        return False
+    return True
+
+
 def trim() -> None:
     """Collect garbage, and give freed memory back to the system where the C library can."""
     gc.collect()
@@ -120,21 +138,13 @@ def trim() -> None:
 def _host_peak() -> Iterator[MemoryPeak]:
     before = resident_bytes()
     peak = MemoryPeak(before, before)
-    if _restarted():
+    if forget_peak():
         yield peak
-        peak.peak_bytes = _status("VmHWM")
+        peak.peak_bytes = resident_peak_bytes()
         return
     with _Sampler() as sampler:
         yield peak
     peak.peak_bytes = max(sampler.peak_bytes, resident_bytes())
-
-
-def _restarted() -> bool:
-    try:
-        _CLEAR_REFS.write_text(_RESET_PEAK)
-    except OSError:
-        return False
-    return True
 
 
 class _Sampler:

@@ -15,7 +15,8 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 
 RIDGE = 1e-7
 """Weight of a coefficient's price beside the points' errors: decides only what these leave open."""
-TOLERANCE = 1e-10
+TOLERANCE = 1e-13
+"""Below this a slope is rounding; above, the price of a coefficient, which is `RIDGE` squared."""
 
 
 def nonnegative_least_squares(design_PC: Vector, target_P: Vector, prices_C: Vector) -> Vector:
@@ -40,7 +41,7 @@ def _active_sets(rows: Vector, wanted: Vector) -> Vector:
     free_C = np.zeros(rows.shape[1], dtype=bool)
     # Each pass frees one coefficient and lowers the error, so no set comes twice; the bound is
     # for rounding alone.
-    for _ in range(3 * len(x_C)):
+    for _ in range(10 * len(x_C)):
         slope_C = rows.T @ (wanted - rows @ x_C)
         slope_C[free_C] = -np.inf
         best = int(np.argmax(slope_C))
@@ -56,10 +57,12 @@ def _descend(rows: Vector, wanted: Vector, x_C: Vector, free_C: Mask) -> Vector:
     while True:
         goal_C = np.zeros_like(x_C)
         goal_C[free_C] = np.linalg.lstsq(rows[:, free_C], wanted, rcond=None)[0]
-        sinking_C = free_C & (goal_C <= 0)
-        if not sinking_C.any():
+        sinking = np.flatnonzero(free_C & (goal_C <= 0))
+        if not len(sinking):
             return goal_C
-        steps = x_C[sinking_C] / (x_C[sinking_C] - goal_C[sinking_C])
-        x_C = x_C + float(np.min(steps, initial=1.0)) * (goal_C - x_C)
-        free_C &= x_C > TOLERANCE * 1e-3
-        x_C = np.where(free_C, x_C, 0.0)
+        steps = x_C[sinking] / (x_C[sinking] - goal_C[sinking]).clip(min=np.finfo(float).tiny)
+        first = int(np.argmin(steps))
+        x_C = (x_C + min(1.0, float(steps[first])) * (goal_C - x_C)).clip(min=0.0)
+        # Tied by its number and not by its value, so that each pass has one less.
+        x_C[sinking[first]] = 0.0
+        free_C[sinking[first]] = False

@@ -8,12 +8,12 @@ too few cores for all makes the emulated device slower than asked. On a GPU it i
 so each emulated device needs a GPU of its own.
 
 Memory is counted as in `shared.memory_use`, the whole program's, and looked at after each call:
-the most that it took since the part was loaded. Python and torch take about 300 MiB of it
-before anything of a model is there, as they would on a small device. What a load takes beside
-its result does not count.
+the most that it took since the part was loaded, or since too much was given up. Python and
+torch take about 300 MiB of it before anything of a model is there, as they would on a small
+device. What a load takes beside its result does not count.
 
-Only the backend is slowed: packing tensors and cutting messages, a few percent of a step,
-run at this machine's speed.
+Only the backend is slowed: what else an agent does (packing tensors, cutting messages) runs at
+this machine's speed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 from edge_agent.backends.base import Backend, FrontBase, MicroBatch, TokenBatch
-from edge_agent.emulation.resident import forget_peak, peak_bytes
 from edge_agent.emulation.spec import Emulation
 from shared.adapters import AdapterState, HeldAdapters
 from shared.errors import MemoryFullError
-from shared.memory_use import AcceleratorMemory, trim
+from shared.memory_use import (
+    AcceleratorMemory,
+    forget_peak,
+    resident_bytes,
+    resident_peak_bytes,
+    trim,
+)
 from shared.protocol.messages import DeviceId
 from shared.protocol.tensors import TensorFrame
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
@@ -63,6 +68,8 @@ class EmulatedBackend:
         self._inner = inner
         self._emulation = emulation
         self._sleep = sleep
+        self._is_over = False
+        self._peak_counts = False
         on_gpu = inner.accelerator is not None
         self._computed_s = time.perf_counter if on_gpu else time.thread_time
 
@@ -87,10 +94,7 @@ class EmulatedBackend:
             )
         )
         if self._emulation.memory_bytes is not None:
-            # Of an earlier part, which may have been refused for its size, nothing must be left.
-            self._inner.restart_memory_peak()
-            trim()
-            forget_peak()
+            self._forget_peak()
         self._check_memory()
 
     def set_adapters(self, adapters: HeldAdapters, *, fold: bool) -> None:
@@ -142,6 +146,8 @@ class EmulatedBackend:
     def discard(self) -> None:
         """As the backend inside; see `Backend.discard`."""
         self._inner.discard()
+        if self._is_over:
+            self._forget_peak()
 
     def adapters(self) -> AdapterState:
         """As the backend inside; see `Backend.adapters`."""
@@ -164,8 +170,17 @@ class EmulatedBackend:
 
     def _check_memory(self) -> None:
         if self._emulation.memory_bytes is not None:
-            used_bytes = whole_bytes(peak_bytes(), self._inner.accelerator_memory())
+            host_bytes = resident_peak_bytes() if self._peak_counts else resident_bytes()
+            used_bytes = whole_bytes(host_bytes, self._inner.accelerator_memory())
+            self._is_over = used_bytes > self._emulation.memory_bytes
             check_memory(used_bytes, self._emulation.memory_bytes)
+
+    def _forget_peak(self) -> None:
+        """Count from what is held now: what was too much, and is given up, must not be left."""
+        self._inner.restart_memory_peak()
+        trim()
+        self._peak_counts = forget_peak()
+        self._is_over = False
 
 
 def whole_bytes(host_bytes: int, accelerator: AcceleratorMemory | None) -> int:

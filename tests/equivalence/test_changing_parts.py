@@ -1,4 +1,4 @@
-"""Law 4 while parts change: blocks move between devices and server, up and down, and nothing is lost.
+"""Law 4 while parts change: blocks move between devices and server, and nothing is lost.
 
 Four blocks, three devices. What the planner would decide is dictated here, so that every kind of
 change happens: more blocks, fewer, all of them, other ranks alone, another batch alone.
@@ -7,6 +7,7 @@ change happens: more blocks, fewer, all of them, other ranks alone, another batc
 from __future__ import annotations
 
 from collections import defaultdict
+
 import pytest
 
 from coordinator import checkpoints
@@ -87,7 +88,7 @@ def dictate(monkeypatch: pytest.MonkeyPatch, sim: Simulation) -> None:
 @pytest.fixture(
     scope="module",
     params=[("residual", "device"), ("residual", "server"), ("merge", "device")],
-    ids=lambda one: "-".join(one),
+    ids="-".join,
 )
 def run(request, tmp_path_factory):
     """Hand-backs by round and holder, G at the beginning of each round, and all messages."""

@@ -2,10 +2,11 @@
 
 The small base learns E2E with the same number of adapter parameters, steps and sequences; only
 where the ranks are differs. Everything runs on one device that holds the whole model, which by
-the first law is what a split fleet computes. Ranks follow from a probe of the untouched base, by
-the planner's own rule. The learning rate is tuned for each way by itself, over the same rates, on
-a seed of its own. Two controls say whether it is importance that does it: the same scores given to
-other modules of their block's kind, and their inverses.
+the first law is what a split fleet computes. As in a run, all ranks are equal in a first round;
+then a probe, the planner's own rule, an aggregation and its hand-back give others. The learning
+rate is tuned for each way by itself, over the same rates, on a seed of its own. Two controls say
+whether it is importance that does it: the same scores given to the wrong blocks, and their
+inverses.
 
     make bench-importance          BENCH_ARGS="--ranks 4 8 16 --steps 300 --processes 2"
 """
@@ -29,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 
 from coordinator import demo
-from coordinator.aggregation import initial
+from coordinator.aggregation import Contribution, aggregate, initial
 from coordinator.device_plan import adaptable_shapes, adapted
 from coordinator.handback import Holder, hand_back
 from coordinator.importance import from_device, theta
@@ -51,6 +52,7 @@ PROBE_SEQUENCES, PROBE_MICRO_BATCH = 64, 8
 LORA_ALPHA = 16.0
 TARGETS = ("c_attn", "c_proj", "c_fc")
 WARM_UP_STEPS = 10
+TOLERANCE = 1e-6
 TUNING_SEED = 100
 METHODS = ("uniform", "importance", "shuffled", "inverse")
 
@@ -64,6 +66,7 @@ class Job:
     learning_rate: float
     seed: int
     steps: int
+    first_round: int
     split_layer: int | None
 
     @property
@@ -108,21 +111,21 @@ class Bench:
             lora=job.lora,
             optimizer=OptimizerTerms(learning_rate=job.learning_rate, warmup_steps=WARM_UP_STEPS),
         )
+        self.update = initial(adaptable_shapes(job.lora, self.architecture))
 
     def importance(self) -> Mapping[str, float]:
-        """Return the score of every target, measured on what is trained on first."""
+        """Return the score of every target, measured on what is trained on next."""
         modules = self.architecture.adaptable_modules(self.job.lora, blocks=self.blocks)
         self.backend.begin_probe(modules)
-        tokens = self._run(0, count=PROBE_SEQUENCES, micro_batch=PROBE_MICRO_BATCH)
+        tokens = self._run(
+            self.job.first_round, count=PROBE_SEQUENCES, micro_batch=PROBE_MICRO_BATCH
+        )
         report = from_device(self.backend.end_probe(), tokens, candidates=modules)
         return theta([report])
 
-    def ranks(self) -> dict[str, int]:
-        """Return each module's rank; every holder of blocks has its own budget."""
+    def ranks(self, scores: Mapping[str, float]) -> dict[str, int]:
+        """Return each module's rank by its score; each side of a cut has a budget of its own."""
         ranks, _ = adapted(self.job.lora, self.architecture, self.blocks)
-        if self.job.method == "uniform":
-            return ranks
-        scores = self._scores()
         cut = self.job.split_layer or self.blocks.stop
         found: dict[str, int] = {}
         for part in (range(cut), range(cut, self.blocks.stop)):
@@ -134,6 +137,8 @@ class Bench:
 
     def _scores(self) -> Mapping[str, float]:
         """Return the scores that the method goes by."""
+        if self.job.method == "uniform":
+            return {}
         scores = self.importance()
         if self.job.method == "inverse":
             return {module: 1 / score for module, score in scores.items()}
@@ -149,24 +154,47 @@ class Bench:
         return shuffled
 
     def train(self) -> Outcome:
-        """Train from fresh adapters, as a run's first hand-back makes them; evaluate."""
-        ranks = {module: rank for module, rank in self.ranks().items() if rank}
+        """Train in two rounds, the second with the ranks of the method; evaluate."""
+        uniform, _ = adapted(self.job.lora, self.architecture, self.blocks)
+        self._hand_back(uniform, round_=1)
+        self._steps(range(self.job.first_round))
+        scores = self._scores()
+        ranks = self.ranks(scores) if scores else uniform
+        self._hand_back(ranks, round_=2)
+        self._steps(range(self.job.first_round, self.job.steps))
+        sizes = [rank * sum(self.architecture.features(module)) for module, rank in ranks.items()]
+        return Outcome(self.job, self._perplexity(), sum(sizes), ranks)
+
+    def _hand_back(self, ranks: Mapping[str, int], *, round_: int) -> None:
+        """Aggregate what was trained, and take over what a run would hand back at these ranks."""
+        contribution = Contribution(
+            device=DEVICE,
+            split_layer=self.blocks.stop,
+            target_tokens=1,
+            adapters=self.backend.adapters(),
+        )
+        if round_ > 1:
+            self.update = aggregate(
+                self.update, [contribution], server={}, mode="residual", tolerance=TOLERANCE
+            ).update
+        used = {module: rank for module, rank in ranks.items() if rank}
         holder = Holder(
             name=DEVICE,
             blocks=self.blocks,
-            ranks=ranks,
+            ranks=used,
             # As the planner does: a module keeps the scaling that the terms give it.
-            scalings=dict.fromkeys(ranks, LORA_ALPHA / self.job.rank),
-            fresh=True,
+            scalings=dict.fromkeys(used, LORA_ALPHA / self.job.rank),
+            fresh=round_ == 1,
         )
-        update = initial(adaptable_shapes(self.job.lora, self.architecture))
-        handed = hand_back(update, [holder], mode="residual", seed=self.job.seed, round_=1)
+        seed = self.job.seed
+        handed = hand_back(self.update, [holder], mode="residual", seed=seed, round_=round_)
+        self.update = handed.update
         self.backend.set_adapters(handed.adapters_of(DEVICE), fold=False)
-        for step in range(self.job.steps):
+
+    def _steps(self, steps: range) -> None:
+        for step in steps:
             tokens = self._run(step, count=BATCH, micro_batch=BATCH)
             self.backend.step(step, target_tokens=tokens)
-        sizes = [rank * sum(self.architecture.features(module)) for module, rank in ranks.items()]
-        return Outcome(self.job, self._perplexity(), sum(sizes), ranks)
 
     def _run(self, step: int, *, count: int, micro_batch: int) -> int:
         """Run the sequences of a step from end to end; return their target tokens."""
@@ -236,6 +264,7 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
             learning_rate=options.rates[0],
             seed=TUNING_SEED,
             steps=options.steps,
+            first_round=options.first_round,
             split_layer=options.split_layer,
         )
         for rank in options.ranks
@@ -294,7 +323,8 @@ def _report(
     rows: list[dict[str, Any]], outcomes: Sequence[Outcome], options: argparse.Namespace
 ) -> None:
     print(
-        f"{options.steps} steps of {BATCH} sequences, {options.seeds} seeds, rates "
+        f"{options.steps} steps of {BATCH} sequences, equal ranks in the first "
+        f"{options.first_round}; {options.seeds} seeds, rates "
         f"{', '.join(map(str, options.rates))} tuned on a seed of their own"
     )
     print(
@@ -326,6 +356,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-3, 7e-3, 1e-2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--first-round", type=int, default=20, help="steps with equal ranks")
     parser.add_argument(
         "--split-layer", type=int, help="each side of this cut has a budget of its own"
     )

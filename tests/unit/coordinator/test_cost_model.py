@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.adapter_sizes import SizeBook, residual_growth
 from coordinator.cost_book import CostBook
-from coordinator.cost_model import added, contended_s, stages
+from coordinator.cost_model import SPARE, added, contended_s, stages
 from coordinator.device_plan import DevicePlan, adapted
 from coordinator.prediction import predict
 from shared.protocol.messages import DeviceId
@@ -48,6 +48,7 @@ def bytes_of(split_layer, micro_batch=2, at_once=1, *, labels="device", lora=Non
     book = CostBook([one], run)
     return float(
         book.of(one).memory_bytes(book.cut(one, split_layer), micro_batch, at_once=at_once)
+        / (1 + SPARE)
     )
 
 
@@ -203,7 +204,7 @@ def test_a_lone_device_takes_its_own_step():
 def test_the_ranks_of_the_plan_count_and_not_those_of_the_terms():
     few, many = predicted(plan(r=8)).devices[ONE], predicted(plan(r=32)).devices[ONE]
     more = 24 * 2 * 2 * (512 + 512)
-    assert many.memory_bytes - few.memory_bytes == pytest.approx(16 * more)
+    assert many.memory_bytes - few.memory_bytes == pytest.approx((1 + SPARE) * 16 * more)
 
 
 def test_a_server_that_nobody_measured_costs_nothing():

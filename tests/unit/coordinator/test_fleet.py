@@ -18,11 +18,11 @@ from tests.support.fleets import SHAPE, Machine, llama
 
 BLOCKS = 6
 MODEL = llama(BLOCKS)
-FAST, SLOW = Machine(speed=1.0), Machine(speed=0.5)
+FAST, SLOW, SERVER = Machine(speed=1.0), Machine(speed=0.5), Machine(speed=8.0)
 STEPS = 10
 
 
-def fleet(*, server=Machine(speed=8.0), **plan):
+def fleet(*, server=SERVER, **plan):
     settings = CoordinatorSettings(
         run={"id": "r"},
         model={"name": "m"},

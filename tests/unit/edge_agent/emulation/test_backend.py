@@ -13,7 +13,7 @@ from edge_agent.backends.base import MicroBatch
 from edge_agent.backends.torch_backend import TorchBackend
 from edge_agent.emulation import Emulation, emulated
 from edge_agent.emulation.backend import EmulatedBackend, check_memory, rest_s
-from shared.errors import PlanError
+from shared.errors import MemoryFullError
 from shared.memory_use import resident_bytes
 from shared.protocol.messages import DeviceId
 from shared.protocol.tensors import pack, unpack
@@ -128,7 +128,7 @@ def test_waiting_for_a_core_is_no_computing(tmp_path):
 def test_a_part_that_exceeds_the_memory_is_refused_with_both_numbers(tmp_path):
     limit = resident_bytes() // MIB - 50
     small = EmulatedBackend(TorchBackend("cpu"), Emulation(memory_bytes=limit * MIB))
-    with pytest.raises(PlanError, match="this emulated device is out of memory") as caught:
+    with pytest.raises(MemoryFullError, match="this emulated device is out of memory") as caught:
         load(small, tmp_path)
     used, of = map(int, re.findall(r"(\d+) MiB", str(caught.value)))
     assert used > of == limit
@@ -150,17 +150,29 @@ def test_memory_that_a_call_takes_and_gives_back_counts(tmp_path):
     small = load(EmulatedBackend(inner, Emulation(memory_bytes=limit_bytes)), tmp_path / "a")
     small.forward(KEY, tiny_batch(LENGTHS), train=False)
     inner.much_bytes = 300 * MIB
-    with pytest.raises(PlanError, match="out of memory"):
+    with pytest.raises(MemoryFullError, match="out of memory"):
         small.forward(KEY, tiny_batch(LENGTHS), train=False)
     assert resident_bytes() < limit_bytes
+
+
+@pytest.mark.parametrize("give_up", ["discard", "load"])
+def test_what_was_too_much_is_forgotten_once_it_is_given_up(tmp_path, give_up):
+    inner = TakesMuch("cpu")
+    limit_bytes = resident_bytes() + 100 * MIB
+    small = load(EmulatedBackend(inner, Emulation(memory_bytes=limit_bytes)), tmp_path / "a")
+    inner.much_bytes = 300 * MIB
+    with pytest.raises(MemoryFullError, match="out of memory"):
+        small.forward(KEY, tiny_batch(LENGTHS), train=False)
     inner.much_bytes = 0
-    load(small, tmp_path / "b")  # what was refused is forgotten with the next part
+    with pytest.raises(MemoryFullError):
+        small.forward(KEY, tiny_batch(LENGTHS), train=False)
+    small.discard() if give_up == "discard" else load(small, tmp_path / "b")
     small.forward(KEY, tiny_batch(LENGTHS), train=False)
 
 
 def test_what_just_fits_fits():
     check_memory(100, 100)
-    with pytest.raises(PlanError):
+    with pytest.raises(MemoryFullError):
         check_memory(101, 100)
 
 
