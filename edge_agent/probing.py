@@ -88,32 +88,29 @@ def probe(spec: ProbeSpec, *, timeout_s: float = TIMEOUT_S) -> ProbeResult:
 def _run(spec: ProbeSpec, timeout_s: float) -> _Ended:
     """Run the child to its end. Whatever interrupts this kills it."""
     command = [sys.executable, "-m", MODULE]
-    try:
-        # run() kills the child on a timeout and on every exception, Ctrl-C among them.
-        done = subprocess.run(
-            command,
-            input=SPEC.dump_json(spec),
-            capture_output=True,
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as late:
-        return _Ended(_parsed(late.stdout), _text(late.stderr), None)
-    return _Ended(_parsed(done.stdout), _text(done.stderr), done.returncode)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as child:
+        try:
+            output, errors = child.communicate(SPEC.dump_json(spec), timeout_s)
+            exit_code: int | None = child.returncode
+        except subprocess.TimeoutExpired:
+            child.kill()
+            (output, errors), exit_code = child.communicate(), None
+        except BaseException:  # Ctrl-C and SIGTERM too
+            child.kill()
+            child.wait()
+            raise
+    return _Ended(_parsed(output), errors.decode(errors="replace").strip(), exit_code)
 
 
-def _parsed(output: bytes | None) -> tuple[ProbeLine, ...]:
+def _parsed(output: bytes) -> tuple[ProbeLine, ...]:
     lines = []
-    for line in (output or b"").splitlines():
+    for line in output.splitlines():
         try:
             lines.append(LINE.validate_json(line))
         except ValidationError:  # cut off in the middle, or printed by a library
             logger.debug("not a line of a probe: %r", line[:200])
     return tuple(lines)
-
-
-def _text(output: bytes | None) -> str:
-    return (output or b"").decode(errors="replace").strip()
 
 
 def _gathered(lines: Iterable[ProbeLine]) -> ProbeResult:

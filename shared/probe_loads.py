@@ -53,12 +53,12 @@ class Load:
         return self.blocks * self.tokens * self.in_flight
 
     def halved(self) -> Load | None:
-        """Return the same with half of the largest of its numbers; None: no smaller one."""
-        if self.in_flight > 1:
-            return replace(self, in_flight=self.in_flight // 2)
+        """Return the same with half of one of its numbers; None: no smaller one."""
         if self.sequences > 1:
             return replace(self, sequences=self.sequences // 2)
-        return replace(self, length=self.length // 2) if self.length > 1 else None
+        if self.length > 1:
+            return replace(self, length=self.length // 2)
+        return replace(self, in_flight=self.in_flight // 2) if self.in_flight > 1 else None
 
     def __str__(self) -> str:
         """Say it in words."""

@@ -6,17 +6,25 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-DEVICES = ("workstation", "laptop", "nano")
-"""Three unequal owners of text, the largest first."""
+DEVICES = {
+    "workstation": "speed=0.5,uplink=200Mbit/s,downlink=200Mbit/s,latency=2ms",
+    "laptop": "speed=0.25,uplink=100Mbit/s,downlink=100Mbit/s,latency=5ms",
+    "nano": "speed=0.1,uplink=50Mbit/s,downlink=50Mbit/s,latency=10ms",
+}
+"""Three unequal owners of text, and what they play: all share this machine's processors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One demo device's own text: JSON lines of ``prompt`` and ``completion``."""
+    """One demo device and its own text: JSON lines of ``prompt`` and ``completion``.
+
+    ``emulate``: the device that its agent plays (``hsplit-agent run --emulate``).
+    """
 
     device: str
     training: Path
     held_out: Path
+    emulate: str
 
 
 def base_folder() -> Path:
@@ -28,8 +36,8 @@ def shards() -> tuple[Shard, ...]:
     """Return the E2E sample of each device: disjoint, of 1200, 1000 and 800 lines."""
     folder = _folder() / "e2e"
     return tuple(
-        Shard(device, folder / f"{device}.jsonl", folder / f"{device}-held-out.jsonl")
-        for device in DEVICES
+        Shard(device, folder / f"{device}.jsonl", folder / f"{device}-held-out.jsonl", emulate)
+        for device, emulate in DEVICES.items()
     )
 
 

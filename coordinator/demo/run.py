@@ -28,12 +28,14 @@ from shared.terms import LabelMode, LoraTerms, OptimizerTerms, TrainingChoices
 
 logger = logging.getLogger(__name__)
 
-PLAN = {
-    DeviceId("workstation"): DeviceOverrides(split_layer=3, r=16, lora_alpha=32.0, batch=10),
-    DeviceId("laptop"): DeviceOverrides(split_layer=2, r=8, lora_alpha=16.0, batch=8),
-    DeviceId("nano"): DeviceOverrides(split_layer=1, r=4, lora_alpha=8.0, batch=6),
+RANKS = {
+    DeviceId("workstation"): DeviceOverrides(r=16, lora_alpha=32.0),
+    DeviceId("laptop"): DeviceOverrides(r=8, lora_alpha=16.0),
+    DeviceId("nano"): DeviceOverrides(r=4, lora_alpha=8.0),
 }
-"""Who holds how many of the six blocks, with which rank; 24 sequences a step in all."""
+"""How many adapter parameters each may have; where they go, and all else, is planned."""
+BATCH = 8
+"""Sequences of a device in each step, on average."""
 
 ROUNDS = 4
 STEPS = 30
@@ -47,8 +49,8 @@ def settings(
         run=RunSettings(folder=folder),
         model=ModelSettings(name=str(material.base_folder())),
         broker=BrokerSettings(url=broker_url),
-        devices=DeviceRules(min=len(PLAN), expected=len(PLAN), join_timeout_s=120),
-        plan=PlanSettings(devices=PLAN),
+        devices=DeviceRules(min=len(RANKS), expected=len(RANKS), join_timeout_s=180),
+        plan=PlanSettings(batch=BATCH, devices=RANKS),
         rounds=RoundSettings(count=rounds or ROUNDS, steps=STEPS),
         lora=LoraTerms(r=16, lora_alpha=32.0, target_modules=("c_attn", "c_proj", "c_fc")),
         optimizer=OptimizerTerms(

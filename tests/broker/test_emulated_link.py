@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import threading
@@ -14,6 +15,8 @@ import pytest
 
 from edge_agent.emulation import EmulatedLink, parse_emulation
 from edge_agent.emulation.link import EmulatedTransport
+from edge_agent.link_probe import connection, measure_link
+from shared.clock import SystemClock
 from shared.config import BrokerSettings
 from shared.errors import BrokerRefusedError, PacketLimitError
 from shared.protocol.topics import Filter
@@ -23,6 +26,7 @@ from tests.broker.events import (
     ACTIVATIONS,
     CONTROL,
     DATA,
+    NANO,
     REQUESTS,
     STATUSES,
     WILL,
@@ -149,6 +153,15 @@ def test_two_connections_of_a_device_share_its_link(mosquitto, connect: Connect,
     for _ in range(10):
         payload(server)
     assert time.monotonic() - began == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_device_measures_the_link_that_it_plays(mosquitto: Mosquitto):
+    link = EmulatedLink(parse_emulation("uplink=16Mbit/s,downlink=40Mbit/s,latency=10ms"))
+    connect = functools.partial(connection, BrokerSettings(url=mosquitto.url), NANO)
+    found = measure_link(lambda: link.wrap(connect()), NANO, clock=SystemClock(), timeout_s=10)
+    assert found.uplink_bytes_per_s == pytest.approx(2e6, rel=0.15)
+    assert found.downlink_bytes_per_s == pytest.approx(5e6, rel=0.15)
+    assert found.round_trip_s == pytest.approx(0.02, rel=0.3)
 
 
 def test_a_flush_takes_as_long_as_the_way_up_and_the_word_back(device: Device):

@@ -2,33 +2,38 @@
 
 Four emulated devices (speeds 1, 0.5, 0.25, 0.25; links 200, 50, 20, 10 Mbit/s; two short of
 memory), real programs over a loopback mosquitto. All speeds are scaled down by one factor, so that
-the devices together need less than one core and the server has one to itself at full speed: it is
-1 / scale times as fast as the fastest device. Uniform: one split layer, a quarter of the batch
-and one micro-batch for all; each that every device's memory holds is measured, the best counts.
+the devices together need a fraction of a core and the server has one to itself at full speed: it
+is 1 / scale times as fast as the fastest device. Uniform: one split layer, one micro-batch and a
+quarter of the batch for all. For each micro-batch ever deeper splits are measured, until a
+device's memory is full or the step becomes longer; the best of all counts.
 
-    python -m tests.testbed.bench_fleet --sequences 16 --scale 0.1
+    python -m tests.testbed.bench_fleet --sequences 16 --scale 0.05
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.testbed import large_base
 from tests.testbed.emulated_fleet import (
+    IN_FLIGHT,
     LENGTH,
     MIB,
     Device,
+    MemoryModel,
     Outcome,
     RunFailedError,
     base_and_text,
     emulation,
     finish,
-    memory_limits,
     run_settings,
     start_fleet,
 )
@@ -36,11 +41,10 @@ from tests.testbed.system import ROOT, System, broker
 
 FLEET = (
     Device(name="workstation", speed=1.0, mbit_per_s=200),
-    Device(name="laptop", speed=0.5, mbit_per_s=50),
-    Device(name="orin", speed=0.25, mbit_per_s=20, most_blocks=3),
-    Device(name="nano", speed=0.25, mbit_per_s=10, most_blocks=2),
+    Device(name="laptop", speed=0.5, mbit_per_s=50, most_sequences=1),
+    Device(name="orin", speed=0.25, mbit_per_s=20, most_sequences=1),
+    Device(name="nano", speed=0.25, mbit_per_s=10),
 )
-IN_FLIGHT = 2
 AIM = 0.6
 
 
@@ -52,16 +56,36 @@ class Bench:
     url: str
     base: Path
     text: Path
-    emulations: Mapping[str, str]
+    memory: MemoryModel
     options: argparse.Namespace
 
-    def run(self, name: str, plan: Mapping[str, Any], *, rounds: int, steps: int) -> Outcome:
+    def run(
+        self, name: str, plan: Mapping[str, Any], *, rounds: int, must_fit: bool = False
+    ) -> Outcome:
         """Carry out one run; return what it did."""
         settings = run_settings(
-            self.base, devices=len(FLEET), plan=plan, rounds=rounds, steps=steps
+            self.base, devices=len(FLEET), plan=plan, rounds=rounds, steps=self.options.steps
         )
+        emulations = {
+            one.name: emulation(
+                one, scale=self.options.scale, memory_bytes=self.memory.limit_bytes(one)
+            )
+            for one in FLEET
+        }
         with System(self.folder / name, self.url) as system:
-            return finish(system, *start_fleet(system, self.text, self.emulations, settings))
+            coordinator, agents = start_fleet(system, self.text, emulations, settings)
+            return finish(system, coordinator, agents, must_fit=must_fit)
+
+    @property
+    def batch(self) -> int:
+        """Sequences of each device in a step, where all are equal."""
+        return int(self.options.sequences) // len(FLEET)
+
+    @property
+    def least_memory_bytes(self) -> float:
+        """What the device with the least memory has."""
+        limits = [self.memory.limit_bytes(one) for one in FLEET]
+        return min((limit for limit in limits if limit is not None), default=math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,46 +116,37 @@ def planned_plan(batch: int) -> dict[str, Any]:
     return {"batch": batch, "probe_sequences": 0, "ranks": "uniform"}
 
 
-def measure_uniform(bench: Bench, split_layer: int, micro_batch: int, *, steps: int) -> Uniform:
+def measure_uniform(bench: Bench, split_layer: int, micro_batch: int) -> Uniform:
     """Return the median step of one uniform plan, in its second round."""
-    plan = uniform_plan(split_layer, bench.options.sequences // len(FLEET), micro_batch)
+    needed = bench.memory.peak_bytes(
+        blocks=split_layer, micro_batch=micro_batch, in_flight=IN_FLIGHT
+    )
     step_s = None
-    try:
+    if needed < bench.least_memory_bytes:
+        plan = uniform_plan(split_layer, bench.batch, micro_batch)
         name = f"uniform-{split_layer}-{micro_batch}"
-        step_s = bench.run(name, plan, rounds=2, steps=steps).median_s(first_round=2)
-    except RunFailedError as error:
-        print(f"  does not run: {str(error).splitlines()[-1][:150]}")
+        with contextlib.suppress(RunFailedError):
+            step_s = bench.run(name, plan, rounds=2, must_fit=True).median_s(first_round=2)
     found = Uniform(split_layer=split_layer, micro_batch=micro_batch, step_s=step_s)
-    print(f"  {found}", flush=True)
+    said = "does not fit" if step_s is None else f"{step_s:.2f} s"
+    print(f"uniform k = {split_layer}, micro-batch {micro_batch}: {said}", flush=True)
     return found
 
 
-def best_uniform(bench: Bench) -> tuple[Uniform, list[Uniform]]:
-    """Try every split layer that all memories hold, then other micro-batches with the best.
-
-    Returns the best one, and all.
-    """
-    batch = bench.options.sequences // len(FLEET)
-    most = min(one.most_blocks for one in FLEET if one.most_blocks is not None)
-    usual = max(1, batch // IN_FLIGHT)
-    tried = [measure_uniform(bench, k, usual, steps=bench.options.steps) for k in _upto(most)]
-    best = _best(tried)
-    tried += [
-        measure_uniform(bench, best.split_layer, micro_batch, steps=bench.options.steps)
-        for micro_batch in sorted({1, batch} - {usual})
-    ]
-    return _best(tried), tried
-
-
-def _upto(most: int) -> range:
-    return range(1, most + 1)
-
-
-def _best(tried: Sequence[Uniform]) -> Uniform:
-    ran = [one for one in tried if one.step_s is not None]
-    if not ran:
-        raise SystemExit("no uniform plan fits every device")
-    return min(ran, key=lambda one: one.step_s or 0.0)
+def measured_uniforms(bench: Bench) -> list[Uniform]:
+    """Measure for each micro-batch ever deeper splits, while that pays."""
+    tried: list[Uniform] = []
+    micro_batch = 1
+    while micro_batch <= bench.batch:
+        last = math.inf
+        for split_layer in range(1, large_base.BLOCKS):
+            found = measure_uniform(bench, split_layer, micro_batch)
+            tried.append(found)
+            if found.step_s is None or found.step_s > last:
+                break
+            last = found.step_s
+        micro_batch *= 2
+    return tried
 
 
 def main() -> None:
@@ -140,74 +155,56 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, broker(Path(temporary)) as url:
         folder = Path(temporary)
         base, text = base_and_text(folder)
-        micro_batch = max(1, options.sequences // len(FLEET) // IN_FLIGHT)
-        limits = memory_limits(folder, base, FLEET, micro_batch=micro_batch, in_flight=IN_FLIGHT)
-        emulations = {
-            one.name: emulation(one, scale=options.scale, memory_bytes=limits[one.name])
-            for one in FLEET
-        }
-        for name, emulate in emulations.items():
-            print(f"{name:<12} {emulate}", flush=True)
-        bench = Bench(
-            folder=folder,
-            url=url,
-            base=base,
-            text=text,
-            emulations=emulations,
-            options=options,
-        )
-        best, tried = best_uniform(bench)
-        planned = bench.run(
-            "planned",
-            planned_plan(options.sequences // len(FLEET)),
-            rounds=options.rounds,
-            steps=options.steps,
-        )
-    _report(planned, best, tried, limits, options)
+        memory = MemoryModel.measured(folder, base)
+        bench = Bench(folder=folder, url=url, base=base, text=text, memory=memory, options=options)
+        uniforms = measured_uniforms(bench)
+        planned = bench.run("planned", planned_plan(bench.batch), rounds=options.rounds)
+    _report(bench, planned, uniforms)
 
 
-def _report(
-    planned: Outcome,
-    best: Uniform,
-    tried: Sequence[Uniform],
-    limits: Mapping[str, int | None],
-    options: argparse.Namespace,
-) -> None:
-    assert best.step_s is not None
+def _report(bench: Bench, planned: Outcome, uniforms: Sequence[Uniform]) -> None:
+    options = bench.options
+    best_s, best = min((one.step_s or math.inf, i) for i, one in enumerate(uniforms))
     step_s = planned.median_s(first_round=options.rounds)
-    ratio = step_s / best.step_s
+    plan = planned.plans[-1]
     print(
         f"{options.sequences} sequences of {LENGTH} tokens a step; speeds x {options.scale:g}, "
         f"server at full speed on one thread; median step of the last of {options.rounds} rounds "
         f"of {options.steps} (planned) and of the second of two (uniform)"
     )
-    plan = planned.plans[-1]
-    print(f"{'device':<12}{'k':>3}{'batch':>7}{'micro':>7}{'memory':>10}  why")
-    for name, part in plan["devices"].items():
-        limit = limits[name]
-        memory = "-" if limit is None else f"{limit / MIB:.0f} MiB"
-        print(
-            f"{name:<12}{part['split_layer']:>3}{part['batch']:>7}{part['micro_batch']:>7}"
-            f"{memory:>10}  {part['reason']}"
-        )
+    _print_parts(bench, plan["devices"])
     predicted = plan["predicted_step_s"]
     said = "" if predicted is None else f" (predicted {predicted:.2f} s)"
     print(
-        f"planned {step_s:.2f} s{said}, best uniform {best.step_s:.2f} s (k = {best.split_layer}, "
-        f"micro-batch {best.micro_batch}): ratio {ratio:.2f}, aim at most {AIM}"
+        f"planned {step_s:.2f} s{said}, best uniform {best_s:.2f} s "
+        f"(k = {uniforms[best].split_layer}, micro-batch {uniforms[best].micro_batch}): "
+        f"ratio {step_s / best_s:.2f}, aim at most {AIM}"
     )
     found = {
         "options": vars(options),
-        "ratio": ratio,
+        "ratio": step_s / best_s,
         "aim": AIM,
         "planned_step_s": step_s,
         "predicted_step_s": predicted,
         "plans": planned.plans,
-        "uniform": [vars(one) for one in tried],
-        "best_uniform": vars(best),
-        "memory_bytes": dict(limits),
+        "uniform": [asdict(one) for one in uniforms],
+        "best_uniform": asdict(uniforms[best]),
+        "fleet": [asdict(one) | {"memory_bytes": bench.memory.limit_bytes(one)} for one in FLEET],
     }
     write_report("fleet", found)
+
+
+def _print_parts(bench: Bench, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    columns = f"{'speed':>7}{'Mbit/s':>8}{'MiB':>6}{'k':>4}{'batch':>7}{'micro':>7}{'flight':>8}"
+    print(f"{'device':<12}{columns}  why")
+    for one in FLEET:
+        limit, part = bench.memory.limit_bytes(one), parts[one.name]
+        memory = "-" if limit is None else f"{limit / MIB:.0f}"
+        print(
+            f"{one.name:<12}{one.speed * bench.options.scale:>7.3g}{one.mbit_per_s:>8g}{memory:>6}"
+            f"{part['split_layer']:>4}{part['batch']:>7}{part['micro_batch']:>7}"
+            f"{part['in_flight']:>8}  {part['reason']}"
+        )
 
 
 def write_report(name: str, found: Mapping[str, Any]) -> None:
@@ -220,7 +217,7 @@ def write_report(name: str, found: Mapping[str, Any]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", type=float, default=0.1, help="of all speeds")
+    parser.add_argument("--scale", type=float, default=0.05, help="of all speeds")
     parser.add_argument("--sequences", type=int, default=16, help="of all devices in one step")
     parser.add_argument("--steps", type=int, default=6, help="of a round")
     parser.add_argument("--rounds", type=int, default=3, help="of the planned run")

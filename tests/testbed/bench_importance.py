@@ -184,7 +184,8 @@ class Bench:
             ranks=used,
             # As the planner does: a module keeps the scaling that the terms give it.
             scalings=dict.fromkeys(used, LORA_ALPHA / self.job.rank),
-            fresh=round_ == 1,
+            # Blocks of a fleet have several holders, so that a hand-back replaces every module.
+            fresh=True,
         )
         seed = self.job.seed
         handed = hand_back(self.update, [holder], mode="residual", seed=seed, round_=round_)
@@ -353,7 +354,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16], help="of uniform ranks")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["uniform", "importance"])
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-3, 7e-3, 1e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-3, 7e-3, 1e-2, 1.4e-2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--first-round", type=int, default=20, help="steps with equal ranks")

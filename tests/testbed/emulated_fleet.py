@@ -8,7 +8,7 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from shared import costs, probe_loads, profile_file
 from shared.architecture import ModelArchitecture
 from shared.terms import LoraTerms
+from tests.support.brokers import wait_until
 from tests.testbed import large_base
 from tests.testbed.system import ROOT, Process, System
 
@@ -23,6 +24,11 @@ LENGTH = 124
 """Tokens that every sequence is computed at, so that equal batches are equal work."""
 LINES = 200
 RANK = 8
+IN_FLIGHT = 2
+RESERVE = 1.08
+"""A whole agent takes some percent more than what its measurements alone predict."""
+FULL = "out of memory"
+"""In the words of an agent whose memory is full."""
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 RUN_TIMEOUT_S = 900.0
 MIB = 2**20
@@ -32,13 +38,14 @@ MIB = 2**20
 class Device:
     """One device of a fleet. ``speed`` is relative to the fastest of the fleet.
 
-    ``most_blocks``: what its memory holds at the micro-batch it is given; None: no limit.
+    ``most_sequences``: what its memory holds in a micro-batch, with one block and two of them
+    in flight; None: no limit.
     """
 
     name: str
     speed: float
     mbit_per_s: float
-    most_blocks: int | None = None
+    most_sequences: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,44 +115,49 @@ def emulation(device: Device, *, scale: float, memory_bytes: int | None) -> str:
     return ",".join(parts)
 
 
-def memory_limits(
-    folder: Path, base: Path, fleet: Sequence[Device], *, micro_batch: int, in_flight: int
-) -> dict[str, int | None]:
-    """Return for each device the memory that holds its ``most_blocks`` and half a block more.
+@dataclass(frozen=True)
+class MemoryModel:
+    """What an agent takes of memory with the model of a bench, from what this machine measured."""
 
-    From what this machine measures of the model with `hsplit-agent profile`.
-    """
-    output = folder / "profile.json"
-    command = [
-        *(sys.executable, "-m", "edge_agent.cli", "profile", "--model", str(base)),
-        *("--micro-batch", str(micro_batch), "--length", str(LENGTH), "--threads", "1"),
-        *("--device-id", "memory", "--state-folder", str(folder / "memory")),
-        *("--device", "cpu", "--output", str(output)),
-    ]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    fitted = costs.fit(profile_file.read(output).measurements)
-    architecture = ModelArchitecture.from_config(json.loads((base / "config.json").read_text()))
-    lora = LoraTerms(r=RANK, target_modules=TARGETS)
+    fitted: costs.Costs
+    architecture: ModelArchitecture
 
-    def peak_bytes(blocks: int) -> float:
-        ranks = architecture.target_modules(lora, blocks=range(blocks))
+    @classmethod
+    def measured(cls, folder: Path, base: Path) -> MemoryModel:
+        """Measure the model with `hsplit-agent profile`."""
+        output = folder / "profile.json"
+        command = [
+            *(sys.executable, "-m", "edge_agent.cli", "profile", "--model", str(base)),
+            *("--micro-batch", "2", "--length", str(LENGTH), "--threads", "1"),
+            *("--device-id", "memory", "--state-folder", str(folder / "memory")),
+            *("--device", "cpu", "--output", str(output)),
+        ]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        config = json.loads((base / "config.json").read_text())
+        fitted = costs.fit(profile_file.read(output).measurements)
+        return cls(fitted, ModelArchitecture.from_config(config))
+
+    def peak_bytes(self, *, blocks: int, micro_batch: int, in_flight: int) -> float:
+        """Return what training takes with the bench's adapters and sequences."""
+        lora = LoraTerms(r=RANK, target_modules=TARGETS)
+        ranks = self.architecture.target_modules(lora, blocks=range(blocks))
         tokens = micro_batch * LENGTH
         return float(
-            fitted.peak_bytes(
+            self.fitted.peak_bytes(
                 blocks=blocks,
                 tokens=tokens,
-                adapter_parameters=probe_loads.parameter_count(architecture, ranks),
+                adapter_parameters=probe_loads.parameter_count(self.architecture, ranks),
                 in_flight=in_flight,
                 head_tokens=tokens,
             )
         )
 
-    return {
-        one.name: None
-        if one.most_blocks is None
-        else round((peak_bytes(one.most_blocks) + peak_bytes(one.most_blocks + 1)) / 2)
-        for one in fleet
-    }
+    def limit_bytes(self, device: Device) -> int | None:
+        """Return the memory of a device: what its ``most_sequences`` take, and `RESERVE`."""
+        if device.most_sequences is None:
+            return None
+        most = device.most_sequences
+        return round(RESERVE * self.peak_bytes(blocks=1, micro_batch=most, in_flight=IN_FLIGHT))
 
 
 def start_fleet(
@@ -161,14 +173,24 @@ def start_fleet(
     return coordinator, agents
 
 
-def finish(system: System, coordinator: Process, agents: Mapping[str, Process]) -> Outcome:
+def finish(
+    system: System, coordinator: Process, agents: Mapping[str, Process], *, must_fit: bool = False
+) -> Outcome:
     """Wait for the end of a run; return what it did.
 
     Raises:
-        RunFailedError: a program failed.
+        RunFailedError: a program failed, or with ``must_fit`` a device's memory was full.
     """
+
+    def over() -> bool:
+        full = [name for name, agent in agents.items() if must_fit and FULL in agent.text()]
+        if full:
+            raise RunFailedError(f"the memory of {', '.join(full)} is full")
+        return coordinator.popen.poll() is not None
+
+    wait_until(over, "the run to end", timeout_s=RUN_TIMEOUT_S)
     for process in (coordinator, *agents.values()):
-        if process.wait(RUN_TIMEOUT_S):
+        if process.wait():
             raise RunFailedError(f"{process.name} failed:\n{process.text()[-2000:]}")
     return read_outcome(system)
 

@@ -40,7 +40,7 @@ def spec(folder: Path, *, family: str = "gpt2", blocks: int = 3, **changes: obje
         optimizer=OptimizerTerms(),
         micro_batch=4,
         length=16,
-        budget_s=600.0,
+        budget_s=500.0,
     )
     return dataclasses.replace(exact, **changes)  # type: ignore[arg-type]
 

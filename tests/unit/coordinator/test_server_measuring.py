@@ -1,0 +1,105 @@
+"""The server measures its own part of the work, with the real trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from coordinator.server_measuring import ServerWork, measure_server
+from shared.clock import SystemClock
+from shared.costs import fit
+from shared.errors import ModelError, PlanError
+from shared.memory_use import resident_bytes
+from shared.protocol.profile import Measurements
+from shared.terms import LabelMode, LoraTerms, OptimizerTerms, TrainingTerms
+from tests.support.tiny_models import FAMILIES, TinyModel, tiny_model
+
+MIB = 2**20
+
+
+def work(model: TinyModel, labels: LabelMode = "device", **changes: Any) -> ServerWork:
+    exact: dict[str, Any] = {
+        "config": model.config,
+        "tensors": model.tensors,
+        "training": TrainingTerms(max_length=32, labels=labels),
+        "lora": LoraTerms(r=4),
+        "optimizer": OptimizerTerms(),
+        "micro_batch": 4,
+        "length": 16,
+        "device": "cpu",
+    }
+    return ServerWork(**{**exact, **changes})
+
+
+def measured(work: ServerWork) -> Measurements:
+    return measure_server(work, SystemClock(), budget_s=1.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("labels", ["device", "server"])
+def test_every_family_is_measured_in_both_label_modes(family, labels):
+    model = tiny_model(family)
+    found = measured(work(model, labels))
+    points = [(p.blocks, p.sequences * p.length, p.in_flight) for p in found.blocks]
+    assert points == [(1, 16, 1), (1, 64, 1), (3, 16, 1), (3, 64, 1), (3, 64, 2)]
+    assert [p.tokens for p in found.head] == ([16, 64] if labels == "server" else [])
+    assert len({p.adapter_parameters for p in found.optimizer}) == 2
+    assert found.model == model.architecture.fingerprint
+    assert found.threads == torch.get_num_threads()
+    assert not found.on_gpu
+    costs = fit(found)
+    shape = {"tokens": 64, "adapter_parameters": 1000}
+    assert costs.backward_s(blocks=3, **shape) > costs.backward_s(blocks=1, **shape)
+
+
+def test_a_heads_weights_are_in_every_points_memory():
+    # A head of 32 MiB: more than the noise of a process's memory.
+    model = tiny_model("llama", vocab_size=2**18)
+    without = measured(work(model, "device"))
+    with_head = measured(work(model, "server"))
+    head_bytes = model.tensors["lm_head.weight"].nbytes
+    assert head_bytes == 32 * MIB
+    for one, other in zip(without.blocks, with_head.blocks, strict=True):
+        beside = one.peak_bytes - without.runtime_bytes
+        # The weights given here are views: those of the head were there before, but a head
+        # that is copied to another dtype is not.
+        assert other.peak_bytes - with_head.runtime_bytes >= beside - 8 * MIB
+    half = TrainingTerms(max_length=32, labels="server", dtype="bfloat16")
+    copied = measured(work(model, "server", training=half))
+    least = min(p.peak_bytes for p in copied.blocks) - copied.runtime_bytes
+    assert least >= 0.9 * head_bytes / 2
+
+
+def test_a_model_of_one_block_is_measured_too():
+    found = measured(work(tiny_model("gpt2", n_layer=1), "server"))
+    assert {p.blocks for p in found.blocks} == {1}
+    assert len(found.blocks) >= 3
+
+
+def test_what_may_be_used_is_passed_on():
+    found = measure_server(
+        work(tiny_model("gpt2")), SystemClock(), memory_bytes=2**33, budget_s=0.1
+    )
+    assert found.memory_bytes == 2**33
+
+
+def test_nothing_of_it_stays():
+    model = tiny_model("gpt2", n_embd=256, vocab_size=50_000)
+    measured(work(model, "server"))
+    before = resident_bytes()
+    for _ in range(3):
+        measured(work(model, "server"))
+    assert resident_bytes() - before < 50 * MIB
+
+
+def test_weights_of_another_model_are_an_error():
+    tensors = tiny_model("gpt2", n_embd=64).tensors
+    with pytest.raises(ModelError, match="not of the same model"):
+        measured(work(tiny_model("gpt2"), tensors=tensors))
+
+
+def test_a_target_that_does_not_exist_is_an_error():
+    with pytest.raises(PlanError, match="q_proj"):
+        measured(work(tiny_model("gpt2"), lora=LoraTerms(target_modules=("q_proj",))))
