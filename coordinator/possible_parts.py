@@ -63,6 +63,7 @@ class PossibleParts:
     def _is_sound(self, device: FleetDevice) -> bool:
         try:
             self._book.of(device)
+            self._check_head(device)
             stated = device.terms.split_layer
             if stated is not None:
                 self._conditions.architecture.check_split_layer(stated)
@@ -72,6 +73,15 @@ class PossibleParts:
             self.refused[device.device_id] = str(error)
             return False
         return True
+
+    def _check_head(self, device: FleetDevice) -> None:
+        measured = device.measurements
+        here = self._conditions.training.labels == "device"
+        if here and measured is not None and not measured.head:
+            raise PlanError(
+                f"{device.device_id} did not measure the head, which labels: device puts on it: "
+                "let it measure again while it is idle (hsplit-agent profile --fresh)"
+            )
 
     def _most_blocks(self, device: FleetDevice) -> int:
         limits = (self._conditions.most_blocks, device.most_blocks)

@@ -23,6 +23,7 @@ from shared.clock import Clock
 from shared.errors import ConfigError, PlanError, StorageError
 from shared.protocol.messages import DeviceId
 from shared.protocol.profile import (
+    DataShape,
     DeviceFacts,
     LinkMeasurement,
     Measurements,
@@ -140,7 +141,9 @@ def _measured(
 ) -> Measurements:
     request = MeasureRequest(
         config_json=model.config_json,
-        training=TrainingTerms(labels=settings.labels, max_length=max(2, settings.length)),
+        training=TrainingTerms(
+            labels=settings.labels, dtype=settings.dtype, max_length=max(2, settings.length)
+        ),
         lora=LoraTerms(),
         optimizer=OptimizerTerms(),
         micro_batch=settings.micro_batch,
@@ -179,6 +182,9 @@ def _as_measured(
         device_id=found.device_id,
         machine=found.machine,
         facts=found.facts,
+        data=DataShape(
+            mean_length=settings.length, padded_length=settings.length, longest=settings.length
+        ),
         measurements=measurements,
     )
     return Measured(

@@ -23,7 +23,7 @@ from shared.config import (
 )
 from shared.errors import ConfigError
 from shared.protocol.messages import Device, DeviceId
-from shared.terms import LabelMode
+from shared.terms import ComputeDtype, LabelMode
 
 
 def _cache_folder() -> Path:
@@ -115,7 +115,8 @@ class ProfileSettings(DeviceSettings):
     """What ``hsplit-agent profile`` can be told.
 
     ``model`` is a folder or a hub name; None: only what sensors say, and the link. Measured are
-    micro-batches of ``micro_batch`` sequences of ``length`` tokens under ``labels``. An agent's
+    micro-batches of ``micro_batch`` sequences of ``length`` tokens under ``labels``, with the base
+    in ``dtype``. An agent's
     own settings file serves as well: text is not looked at.
     """
 
@@ -123,6 +124,7 @@ class ProfileSettings(DeviceSettings):
     broker: BrokerSettings | None = None
     model: str | None = None
     labels: LabelMode = "device"
+    dtype: ComputeDtype = "float32"
     micro_batch: Annotated[PositiveInt, Le(4096)] = 4
     length: Annotated[PositiveInt, Le(1_048_576)] = 128
     data: UserPath | None = None

@@ -85,8 +85,9 @@ def loads(available_blocks: int, *, micro_batch: int, length: int, head: bool) -
     largest = replace(full, blocks=many, larger_adapters=True, in_flight=2)
     return (
         *sizes,
+        *heads[-1:],  # as dear as many blocks: a plan that took it for free would be worthless
         *more,
-        *heads,
+        *heads[:-1],
         replace(small, part="optimizer"),
         largest,
         replace(small, blocks=many, part="optimizer", larger_adapters=True),

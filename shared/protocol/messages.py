@@ -293,8 +293,9 @@ class RoundStart:
     a module of the plan that is not named keeps both. ``fold``: add each ``frozen`` pair to
     the base weight instead of holding it (`merge`). After an `Assignment` without ``keep`` the
     base is untouched, and everything is named. ``first_sequence``: where in the endless order of
-    its sequences the device goes on (None: at ``first_step`` times its batch). ``probe_sequences``: after the evaluation, measure
-    the importance of your weights on this many sequences of your training data.
+    its sequences the device goes on (None: at ``first_step`` times its batch).
+    ``probe_sequences``: after the evaluation, measure the importance of your weights on this many
+    sequences of your training data.
     """
 
     type: Literal["round_start"] = "round_start"

@@ -27,7 +27,15 @@ AGENT = {
     "profile": {
         *("--config", "--broker", "--username", "--password-file", "--ca-file", "--device-id"),
         *("--cache-folder", "--state-folder", "--memory-limit", "--device", "--threads"),
-        *("--emulate", "--log-level", "--log-format", "--model", "--labels", "--micro-batch"),
+        *(
+            "--emulate",
+            "--log-level",
+            "--log-format",
+            "--model",
+            "--labels",
+            "--dtype",
+            "--micro-batch",
+        ),
         *("--length", "--fresh", "--json", "--output"),
     },
     "health": {"--state", "--device-id", "--max-age-s"},
