@@ -102,6 +102,10 @@ demo: install ## Fine-tune a small model on three unequal agents, on this machin
 bench: install mosquitto ## Split training against one process, and bytes against the minimum
 	$(BIN)/python -m tests.testbed.bench_throughput $(BENCH_ARGS)
 
+.PHONY: bench-costs
+bench-costs: install ## Predicted against measured time and memory of training at many points
+	$(BIN)/python -m tests.testbed.bench_costs $(BENCH_ARGS)
+
 .PHONY: bench-planner
 bench-planner: install ## The planner against brute force, and its time for 10,000 devices
 	$(BIN)/python -m tests.testbed.bench_planner $(BENCH_ARGS)
