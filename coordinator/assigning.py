@@ -11,14 +11,15 @@ import logging
 from collections.abc import Collection, Mapping
 
 from coordinator import answers
+from coordinator.cost_book import fitted
 from coordinator.fleet import Fleet
-from coordinator.membership import Membership
+from coordinator.membership import Membership, StaleRequestError
 from coordinator.planner import DevicePlan
 from coordinator.quorum import Quorum, Verdict
 from coordinator.registry import Member, Stage
 from coordinator.settings import DeviceRules
 from shared.clock import Clock
-from shared.errors import PlanError, ProtocolError
+from shared.errors import PlanError
 from shared.protocol.messages import DeviceId, Prepared, Ready, Refusal
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,10 @@ class Assigner:
         """Note that a member waits for a part, and what it knows of itself.
 
         Raises:
-            PlanError: it cannot carry the part that it must have.
+            PlanError: it cannot carry the part that it must have, or what it measured cannot be.
         """
+        if request.measurements is not None:
+            fitted(request.measurements)  # before anybody counts with them
         member.data, member.measurements = request.data, request.measurements
         member.waiting = request.call
         member.stage = Stage.READY
@@ -55,11 +58,11 @@ class Assigner:
         """Note that a member holds its part, or find another for it.
 
         Raises:
-            ProtocolError: it speaks of another plan than its last.
+            StaleRequestError: it speaks of another plan than its last, or took too long.
             PlanError: it cannot hold the part that it must have.
         """
         if member.stage is not Stage.PREPARING or request.plan_version != member.plan_version:
-            raise ProtocolError(f"plan {request.plan_version} is not the one to prepare")
+            raise StaleRequestError(f"plan {request.plan_version} is not the one to prepare")
         member.waiting = request.call
         if request.refused is not None:
             self._lighten(member, request.refused)
@@ -142,7 +145,8 @@ class Assigner:
         plans = self._fleet.replan(waiting, others=others, round_=round_, steps_left=steps_left)
         for member in waiting:
             if member.device_id in plans:
-                member.changing = True
+                # It may have waited long for slower ones: its time to prepare begins now.
+                member.changing, member.asked_s = True, self._clock.monotonic_s()
                 self._assign(member, plans[member.device_id])
 
     @property
@@ -152,5 +156,6 @@ class Assigner:
         for member in self._members.registry:
             if member.changing and now - member.asked_s > self._rules.step_timeout_s:
                 logger.warning("%s prepares its new part for too long", member.device_id)
-                member.changing = False
+                # It misses a hand-back, so whatever it keeps is of no use any more.
+                member.changing, member.stage, member.fresh = False, Stage.JOINED, True
         return any(member.changing for member in self._members.registry)

@@ -219,6 +219,8 @@ class Coordinator:
             self.members.answer(member, Finished(call=request.call, reason=RUN_COMPLETE))
         elif member.stage is Stage.DONE:
             member.waiting = request.call
+            if request.overloaded is not None:
+                self._lost(member)  # nobody waits for its evaluation any more
         else:
             if request.overloaded is not None:
                 self._set_back(member, but=request.call)
@@ -226,7 +228,10 @@ class Coordinator:
             self._assigner.ready(member, request)
 
     def _start_round_if_due(self) -> None:
-        if not self._link_is_up or self._assigner.is_changing:
+        if not self._link_is_up:
+            return
+        if self._assigner.is_changing:
+            self._quorum.reset(self._clock.monotonic_s())
             return
         prepared = [m for m in self.members.registry if m.stage is Stage.PREPARED]
         on_their_way = [m.asked_s for m in self.members.registry if m.stage is Stage.PREPARING]

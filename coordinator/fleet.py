@@ -366,4 +366,4 @@ def _memory_now(member: Member) -> int | None:
     if measured is None or measured.memory_bytes is None:
         return None
     usable = now.free_memory_bytes + now.used_memory_bytes
-    return usable if usable < MUCH_LESS * measured.memory_bytes else None
+    return usable if 0 < usable < MUCH_LESS * measured.memory_bytes else None

@@ -92,7 +92,8 @@ class PossibleParts:
         micro_batch_M = _micro_batches(devices[0])
         costs = self._book.of_all(devices, axes=2)
         cut = self._book.cuts(devices, self._split_layer_K, share=share)
-        limit_F = [one.memory_limit_bytes or np.inf for one in devices]
+        limits = (one.memory_limit_bytes for one in devices)
+        limit_F = [np.inf if limit is None else float(limit) for limit in limits]
         limit_F11 = np.array(limit_F)[:, None, None]
         in_flight_FKM = sum(
             (costs.memory_bytes(cut, micro_batch_M, at_once=at_once) <= limit_F11).astype(np.int64)

@@ -74,7 +74,7 @@ class RoundDriver:
         self._candidates = candidates
         self._clock = clock
         self._server_busy_s = 0.0
-        self._importance: list[Mapping[str, Measured]] = []
+        self._importance: dict[DeviceId, Mapping[str, Measured]] = {}
         self._adapters: dict[DeviceId, AdapterState] = {}
         self._results: dict[DeviceId, RoundResult] = {}
 
@@ -102,8 +102,9 @@ class RoundDriver:
         self._check(member, result.round)
         blocks = self._holders[member.device_id].blocks
         here = {name for name in self._candidates if block_of(name) in blocks}
-        self._importance.append(
-            importance.from_device(result.importance, result.probe_tokens, candidates=here)
+        # By device: one that evaluates twice is not heard twice.
+        self._importance[member.device_id] = importance.from_device(
+            result.importance, result.probe_tokens, candidates=here
         )
         self._reporter.evaluated(member.device_id, result)
         self._members.answer(member, Accepted(call=result.call))
@@ -216,7 +217,7 @@ class RoundDriver:
     def observations(self) -> Observations:
         """Return what the round taught. The server's importance is taken: ask once."""
         round_ = self.round
-        reports = list(self._importance)
+        reports = [self._importance[device] for device in sorted(self._importance)]
         if self._model.trainer is not None:
             reports.append(self._model.trainer.probe.take())
         return Observations(

@@ -95,6 +95,7 @@ class Profiler:
         self._cache = cache
         self._measure_link = measure_link
         self._run_probe = run_probe
+        self._known: dict[ProfileKey, Measurements] = {}
 
     def pieces(self, request: MeasureRequest, *, fresh: bool = False) -> tuple[str, ...]:
         """Return the pieces of the base model that `measure` needs: none if the cache will do.
@@ -103,7 +104,8 @@ class Profiler:
             ModelError: the architecture is not supported.
         """
         architecture = _architecture(request)
-        if not fresh and self._cache.load(self._key(request, architecture)) is not None:
+        key = self._key(request, architecture)
+        if not fresh and (key in self._known or self._cache.load(key) is not None):
             return ()
         return architecture.front_pieces(
             _blocks(architecture), head_on_device=request.training.labels == "device"
@@ -114,8 +116,9 @@ class Profiler:
     ) -> Measurements:
         """Return what this device measures; ``files`` are those of `pieces`.
 
-        With ``fresh`` the cache is not asked. To be called while this process holds no part of
-        a model: what it has of memory now counts as what the program takes without one.
+        With ``fresh`` nothing is taken from before. At first to be called while this process
+        holds no part of a model: what it has of memory then counts as what the program takes
+        without one. Later calls, when it may hold one, say the same of it again.
 
         Raises:
             PlanError: the memory is too small for a single block, or it took too long.
@@ -128,18 +131,30 @@ class Profiler:
         # First the link: it takes less time, and more often there is something wrong with it.
         link = None if self._measure_link is None else self._measure_link()
         key = self._key(request, architecture)
-        known = None if fresh else self._cache.load(key)
+        known = None if fresh else self._known.get(key)
         if known is None:
-            known = self._computed(request, files, architecture, key)
-        else:
-            logger.info("measured before: compute and memory are from the cache")
-            known = _grown(known)
+            known = self._known[key] = self._found(request, files, architecture, key, fresh=fresh)
         return replace(known, memory_bytes=self.memory_bytes(on_gpu=known.on_gpu), link=link)
 
     def memory_bytes(self, *, on_gpu: bool) -> int | None:
         """Return what training may use in all: what is there now, at most the owner's limit."""
         found = (self._sensors.memory_bytes(on_gpu=on_gpu), self._machine.memory_limit)
         return min((one for one in found if one is not None), default=None)
+
+    def _found(
+        self,
+        request: MeasureRequest,
+        files: Mapping[str, Path],
+        architecture: ModelArchitecture,
+        key: ProfileKey,
+        *,
+        fresh: bool,
+    ) -> Measurements:
+        known = None if fresh else self._cache.load(key)
+        if known is None:
+            return self._computed(request, files, architecture, key)
+        logger.info("measured before: compute and memory are from the cache")
+        return _grown(known)
 
     def _computed(
         self,

@@ -177,8 +177,15 @@ def fit(measurements: Measurements) -> Costs:
 
     Raises:
         PlanError: a point cannot be true: it takes much less memory than the program does before
-            it holds a model.
+            it holds a model, or nothing agrees with all of them.
     """
+    try:
+        return _fit(measurements)
+    except np.linalg.LinAlgError as error:
+        raise PlanError(f"measurements that cannot be true: {error}; measure again") from error
+
+
+def _fit(measurements: Measurements) -> Costs:
     points = measurements.blocks
     _check(points, measurements.runtime_bytes)
     shapes = np.array([_shape(point) for point in points])

@@ -14,10 +14,10 @@ from pydantic import Field
 
 from shared.protocol.message_parts import Count, Positive, Sha256, Text
 
-Duration: TypeAlias = Annotated[float, Field(gt=0, lt=1e6, allow_inf_nan=False)]
-"""A measured time in seconds."""
+Duration: TypeAlias = Annotated[float, Field(ge=1e-9, lt=1e6, allow_inf_nan=False)]
+"""A measured time in seconds; no clock is finer than a nanosecond."""
 Bytes: TypeAlias = Annotated[int, Field(ge=1, lt=2**63)]
-Rate: TypeAlias = Annotated[float, Field(gt=0, lt=1e15, allow_inf_nan=False)]
+Rate: TypeAlias = Annotated[float, Field(ge=1, lt=1e15, allow_inf_nan=False)]
 """Bytes per second."""
 Spread: TypeAlias = Annotated[float, Field(ge=0, lt=1e6, allow_inf_nan=False)]
 """(slowest - fastest) / median of the repeats behind a median."""

@@ -203,3 +203,4 @@ def test_a_device_that_cannot_hold_more_says_so_and_the_run_goes_on(
     error = sim.devices["a"].error
     assert (error is not None) == stated
     assert not stated or "out of memory" in str(error)
+    sim.reporter.close()

@@ -18,10 +18,11 @@ import msgpack
 import numpy as np
 import pytest
 
-from shared.protocol.messages import Activations, PieceBytes
+from shared.protocol.messages import Activations, EvaluationResult, PieceBytes, Ready
 from shared.protocol.tensors import TensorFrame
 from shared.protocol.topics import parse
-from tests.support.outcomes import PATIENT, trio
+from tests.support.outcomes import PATIENT
+from tests.support.planned import planned
 from tests.support.traffic import messages
 
 FLOAT = "float tensor"
@@ -30,17 +31,37 @@ ADAPTER = {
     "module": str, "a": FLOAT, "b": FLOAT, "scaling": float, "frozen_a": None, "frozen_b": None,
 }  # fmt: skip
 LENGTHS = [int]
+NOTHING_SENSED = {
+    "accelerator": None, "accelerator_memory_bytes": None, "accelerator_shares_memory": bool,
+    "driver": None, "power_mode": None, "memory_bytes": None, "cpus": None,
+}  # fmt: skip
+POINT = {
+    "blocks": int, "adapter_parameters": int, "sequences": int, "length": int, "in_flight": int,
+    "forward_s": float, "backward_s": float, "spread": float, "peak_bytes": int,
+}  # fmt: skip
+MEASUREMENTS = {
+    "version": int, "hsplit_version": str, "backend": str, "dtype": str, "threads": None,
+    "model": str, "on_gpu": bool, "runtime_bytes": int, "memory_bytes": None, "blocks": [POINT],
+    "head": [{"tokens": int, "seconds": float, "spread": float, "extra_bytes": int}],
+    "optimizer": [{"adapter_parameters": int, "seconds": float}],
+    "link": {"uplink_bytes_per_s": float, "downlink_bytes_per_s": float, "round_trip_s": float},
+}  # fmt: skip
+"""Sizes and seconds of a part of the public base, on tokens drawn at random."""
 FROM_A_DEVICE: Mapping[str, Mapping[str, Any]] = {
     "join_request": {
         "call": CALL,
         "profile": {
             "backend": str, "hsplit_version": str, "machine": str, "accelerator": None,
             "memory_limit_bytes": None, "sequences": int, "evaluation_sequences": int,
+            "facts": NOTHING_SENSED,
         },
     },
     "piece_request": {"call": CALL, "sha256": str, "offset": int, "length": int},
-    "ready": {"call": CALL},
-    "prepared": {"call": CALL, "plan_version": int},
+    "ready": {
+        "call": CALL, "measurements": MEASUREMENTS, "overloaded": None,
+        "data": {"mean_length": float, "padded_length": float, "longest": int},
+    },
+    "prepared": {"call": CALL, "plan_version": int, "refused": None},
     "activations": {
         "call": CALL, "purpose": str, "round": int, "step": int, "micro_batch": int,
         "micro_batches": int, "target_tokens": int, "lengths": LENGTHS, "hidden": FLOAT,
@@ -48,16 +69,17 @@ FROM_A_DEVICE: Mapping[str, Mapping[str, Any]] = {
     },
     "hidden_gradients": {
         "call": CALL, "round": int, "step": int, "micro_batch": int, "loss_sum": float,
-        "gradient": FLOAT,
+        "gradient": FLOAT, "purpose": str,
     },
     "evaluation_result": {
         "call": CALL, "round": int, "loss_sum": float, "target_tokens": int, "sequences": int,
+        "importance": {str: float}, "probe_tokens": int,
     },
     "round_result": {
         "call": CALL, "round": int, "adapters": [ADAPTER], "loss_sum": float,
-        "target_tokens": int, "steps": int, "busy_s": float,
+        "target_tokens": int, "steps": int, "busy_s": float, "compute_s": float,
     },
-    "heartbeat": {"session": str, "awaiting": [int]},
+    "heartbeat": {"session": str, "awaiting": [int], "telemetry": None},
     "credit": {"transfer": int, "chunks": int},
 }  # fmt: skip
 """All that a device ever says, field by field; None: the field is not used at all."""
@@ -70,7 +92,13 @@ WINDOW = 8
 def run(request, tmp_path_factory):
     """A whole run, with chunks small enough that tensors are cut, and all that was published."""
     folder = tmp_path_factory.mktemp("recorded")
-    sim = trio(folder, labels=request.param, rules=PATIENT, max_payload_bytes=5000, rounds=1)
+    sim = planned(
+        folder,
+        labels=request.param,
+        rules=PATIENT,
+        max_payload_bytes=5000,
+        rounds={"count": 1, "steps": 2},
+    )
     sim.run()
     return request.param, sim, list(messages(sim.broker.traffic))
 
@@ -82,6 +110,11 @@ def problems(value: Any, allowed: Any, where: str) -> Iterator[str]:
         yield from (f"{where}.{name} is not listed" for name in names - allowed.keys())
         for name in names & allowed.keys():
             yield from problems(getattr(value, name), allowed[name], f"{where}.{name}")
+    elif isinstance(allowed, Mapping) and isinstance(value, dict):
+        ((names_are, values_are),) = allowed.items()
+        for name, item in value.items():
+            yield from problems(name, names_are, f"the names in {where}")
+            yield from problems(item, values_are, where)
     elif isinstance(allowed, list) and isinstance(value, tuple):
         for item in value:
             yield from problems(item, allowed[0], where)
@@ -208,6 +241,8 @@ def leaks_in(kinds, payloads):
 def test_the_run_was_one_that_has_something_to_hide(run):
     labels, sim, sent = run
     activations = [m.message for m in sent if isinstance(m.message, Activations)]
-    assert {m.purpose for m in activations} == {"train", "evaluate"}
+    assert {m.purpose for m in activations} == {"train", "evaluate", "probe"}
+    assert any(m.message.importance for m in sent if isinstance(m.message, EvaluationResult))
+    assert all(m.message.measurements for m in sent if isinstance(m.message, Ready))
     assert (labels == "server") == any(m.labels is not None for m in activations)
     assert min(sim.devices[d].agent._participation._data.training.target_tokens for d in "abc") > 90

@@ -6,21 +6,24 @@ per device every sum is taken in the same order, so a disturbed run must not dif
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 
-from coordinator.planner import DevicePlan
+from coordinator import checkpoints
+from coordinator.aggregation import SERVER
 from coordinator.registry import Stage
-from shared.architecture import ModelArchitecture
-from shared.errors import MemoryFullError
-from shared.protocol.messages import Assignment, DeviceId, EvaluationResult, Ready
-from tests.support.faults import Latency, RandomFaults
-from tests.support.fleets import Machine
-from tests.support.outcomes import LINES, PATIENT, USUAL, difference, outcome_of
-from tests.support.simulation import Simulation
+from shared.errors import HsplitError, MemoryFullError
+from shared.protocol.messages import Assignment, EvaluationResult
+from shared.protocol.profile import BlockPoint, LinkMeasurement
+from tests.support.closeness import relative
+from tests.support.faults import RandomFaults, Rule, ScriptedFaults
+from tests.support.outcomes import PATIENT, USUAL, difference, outcome_of
+from tests.support.planned import SPEEDS, add, planned
+from tests.support.spies import watch_hand_backs
+from tests.support.tiny_models import tiny_model
 from tests.support.traffic import messages
+from tests.support.vocabularies import byte_level
 
 KINDS = frozenset(
     {"activations", "gradients", "requests", "commands", "adapter", "handback", "weights",
@@ -33,54 +36,8 @@ DISTURBANCES = {
     "reorder": {"reorder": 0.5},
     "all": {"drop": 0.08, "delay": 0.1, "duplicate": 0.15, "reorder": 0.2, "delay_s": 8.0},
 }
-SPEEDS = {"a": 1.0, "b": 0.5, "c": 0.2}
 CHANGES = {1: {"a": 2, "b": 3, "c": None}, 2: {"a": 1, "b": None, "c": 2}}
 """After which round who gets how many blocks; None: as many as it has, and one sequence more."""
-
-
-class Profiled:
-    """Stands where a profiler does: says what a machine of this kind would have measured."""
-
-    def __init__(self, machine):
-        self._machine = machine
-
-    def pieces(self, request):
-        return ("embeddings", "block.0")
-
-    def measure(self, request, files):
-        return self._machine.measured(ModelArchitecture.from_config(json.loads(request.config_json)))
-
-
-def planned(folder, *, hand_back="residual", labels="device", rules=USUAL, faults=None, **settings):
-    sim = Simulation(
-        folder,
-        settings={
-            "rounds": {"count": 3, "steps": 2},
-            "plan": {
-                "batch": 4, "micro_batch": 2, "in_flight": 1, "probe_sequences": 3,
-                "probe_every": 1,
-            },
-            "lora": {"r": 8, "target_modules": ["c_attn", "c_fc"]},
-            "devices": {**rules, "expected": 3, "wait_s": 1e6},
-            "optimizer": {"learning_rate": 1e-2},
-            "aggregation": {"hand_back": hand_back},
-            "training": {"max_length": 48, "labels": labels, "wire_dtype": "float32"},
-            **settings,
-        },
-        faults=Latency() if faults is None else Latency(faults),
-        model_changes={"n_layer": 4},
-    )  # fmt: skip
-    for name, speed in SPEEDS.items():
-        add(sim, name, speed)
-    return sim
-
-
-def add(sim, name, speed):
-    device = sim.add_device(name, lines=LINES)
-    device.parts = device.agent._parts = replace(
-        device.parts, profiler=Profiled(Machine(speed=speed))
-    )
-    return device
 
 
 def sent(sim, kind):
@@ -92,9 +49,7 @@ def dictate(monkeypatch, sim, changes=CHANGES):
     replan = sim.fleet.replan
 
     def dictated(waiting, *, others, round_, steps_left):
-        decided = dict(
-            replan(waiting, others=others, round_=round_, steps_left=steps_left)
-        )
+        decided = dict(replan(waiting, others=others, round_=round_, steps_left=steps_left))
         for member in waiting:
             if member.device_id in changes.get(round_, {}):
                 blocks = changes[round_][member.device_id]
@@ -144,6 +99,165 @@ def test_memory_that_is_full_in_the_last_evaluation_does_not_hang_the_run(tmp_pa
     assert sim.coordinator.finished
 
 
-def test_who_prepares_for_too_long_gets_the_right_weights_later(tmp_path, monkeypatch):
-    """One device keeps its blocks, says so after the next round began, and merges stay exact."""
-    pass
+@pytest.mark.parametrize("hand_back", ["residual", "merge"])
+def test_who_waited_long_for_a_slow_device_still_gets_its_change(tmp_path, monkeypatch, hand_back):
+    """Parts change after rounds in which somebody waited longer than a step may take."""
+    slow = Rule(lambda parcel: parcel.kind == "activations" and "/a/" in parcel.topic, (6.0,), None)
+    sim = planned(
+        tmp_path,
+        hand_back=hand_back,
+        rules={"min": 1, "lost_after_s": 6.0, "step_timeout_s": 10.0},
+        faults=ScriptedFaults([slow]),
+        checkpoints={"keep": 99},
+        rounds={"count": 4, "steps": 2},
+    )
+    dictate(monkeypatch, sim, {1: {"c": None}, 2: {"c": None}})
+    seen = watch_hand_backs(monkeypatch, sim)
+    sim.run()
+    check_weights(sim, seen)
+    for round_ in range(1, 5):
+        assert {held.holder for held in seen if held.round == round_} == {"a", "b", "c", SERVER}
+
+
+@pytest.mark.parametrize("hand_back", ["residual", "merge"])
+@pytest.mark.parametrize("event", ["vanish", "rejoin", "restart", "leave", "void"])
+def test_what_happens_while_parts_change_loses_nothing(tmp_path, monkeypatch, event, hand_back):
+    sim = planned(
+        tmp_path,
+        hand_back=hand_back,
+        rules={"min": 1, "lost_after_s": 6.0, "step_timeout_s": 100.0},
+        checkpoints={"keep": 99},
+        rounds={"count": 4, "steps": 2},
+    )
+    changes = {1: {"a": 2, "b": 3, "c": None}, 2: {"a": 1, "b": None, "c": 2}, 3: {"a": None}}
+    dictate(monkeypatch, sim, changes)
+    seen = watch_hand_backs(monkeypatch, sim)
+    sim.run(until=lambda: is_changing(sim, "c") and sim.coordinator._next_round == 2)
+    if event == "restart":
+        sim.restart_coordinator()
+        dictate(monkeypatch, sim, changes)
+    elif event == "vanish":
+        sim.vanish("c")
+    elif event == "leave":
+        sim.devices["c"].agent._conversation.leave("stopped")
+        sim.vanish("c")
+    elif event == "rejoin":
+        sim.vanish("c")
+        add(sim, "c", SPEEDS["c"])
+    else:
+        sim.run_to("round 2, step 2")
+        for name in "abc":
+            sim.vanish(name)
+        for name in "abc":
+            add(sim, name, SPEEDS[name])
+    sim.run()
+    check_weights(sim, seen)
+    last = {held.holder for held in seen if held.round == 4}
+    assert last == {"a", "b", SERVER} | (set() if event in ("vanish", "leave") else {"c"})
+
+
+BLOCK = BlockPoint(
+    blocks=1, adapter_parameters=0, sequences=1, length=1, forward_s=1.0, backward_s=1.0,
+    peak_bytes=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "lies",
+    [
+        {"runtime_bytes": 2**60},
+        {"blocks": tuple(replace(BLOCK, forward_s=5e-324, length=n) for n in (1, 2, 3))},
+        {"blocks": (BLOCK, BLOCK, BLOCK), "head": (), "optimizer": ()},
+        {"memory_bytes": 1},
+        {"memory_bytes": 2**62, "runtime_bytes": 1},
+        {"link": LinkMeasurement(
+            uplink_bytes_per_s=1e-9, downlink_bytes_per_s=9e14, round_trip_s=9e5)},
+    ],
+    ids="-".join,
+)  # fmt: skip
+@pytest.mark.parametrize("again", [False, True], ids=["at once", "once it has a part"])
+def test_what_one_device_says_of_itself_harms_no_other(tmp_path, lies, again):
+    """A device lies when it gets ready, or when it gets ready again after it had a part."""
+    sim = planned(
+        tmp_path, rules={**USUAL, "min": 2, "wait_s": 9.0}, rounds={"count": 3, "steps": 2}
+    )
+    liar = sim.devices["c"].parts.profiler
+    if not again:
+        liar.lies = lies
+    sim.run_to("round 1, step 1")
+    if again:
+        ready_again(sim, "c", lies)
+    add(sim, "d", 1.0)
+    honest = [sim.devices[name] for name in "abd"]
+    try:
+        sim.run(until=lambda: all(one.agent.finished or one.error for one in honest))
+    finally:
+        sim.reporter.close()
+    assert [str(one.error) for one in honest] == ["None"] * 3
+
+
+def ready_again(sim, name, lies):
+    """Let a device that took part get ready with lies, and then only stay in, saying nothing."""
+    device = sim.devices[name]
+    participation, conversation = device.agent._participation, device.agent._conversation
+    participation._measurements = replace(participation._measurements, **lies)
+
+    def life():
+        device.parts.backend.discard()
+        conversation.forget_calls()
+        yield from ignoring(participation._ask_ready("too much"))
+
+    def ignoring(script):
+        waiting = next(script)
+        while True:
+            try:
+                yield waiting
+            except HsplitError:
+                waiting = frozenset()
+
+    device.agent._script = life()
+    device.agent._waiting = None
+
+
+def test_a_long_change_leaves_time_to_come_back_after_it(tmp_path, monkeypatch):
+    rules = {"min": 3, "lost_after_s": 1e6, "step_timeout_s": 100.0, "join_timeout_s": 20.0}
+    sim = planned(tmp_path, rules=rules)
+    dictate(monkeypatch, sim, {1: {"c": 2}})
+    sim.run(until=lambda: is_changing(sim, "c"))
+    monkeypatch.setattr(sim.devices["c"].agent, "turn", lambda _timeout_s: False)
+    sim.run_for(30.0)
+    sim.vanish("c")
+    sim.run_for(5.0)
+    add(sim, "c", SPEEDS["c"])
+    sim.run()
+    assert sim.coordinator.finished
+
+
+def is_changing(sim, name):
+    registry = sim.coordinator.members.registry
+    return any(m.changing and m.stage is Stage.PREPARING for m in registry if m.device_id == name)
+
+
+def check_weights(sim, seen):
+    """Law 4: base + adapters are base + G on every side, after every hand-back."""
+    base = base_weights()
+    saved = sim.config.run_folder / "checkpoints"
+    updates = {n + 1: checkpoints.load(saved / f"round-{n:06d}").update for n in range(4)}
+    compared = 0
+    for held in (one for one in seen if one.round in updates):
+        for module, weight in held.weights.items():
+            update = updates[held.round].get(module)
+            if update is not None and update.total.rank:
+                change = relative(weight - base[module], update.total.delta_OI())
+                assert change <= 1e-4, (held.round, held.holder, module)
+                compared += 1
+    assert compared > 20
+
+
+def base_weights():
+    model = tiny_model("gpt2", vocab_size=byte_level().get_vocab_size(), n_layer=4)
+    return {
+        name.removesuffix(".weight"): tensor.t().double().numpy()
+        for name, tensor in model.tensors.items()
+        if ".h." in name and ".c_" in name and name.endswith(".weight")
+    }

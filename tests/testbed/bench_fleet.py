@@ -45,6 +45,8 @@ FLEET = (
     Device(name="orin", speed=0.25, mbit_per_s=20, most_sequences=1),
     Device(name="nano", speed=0.25, mbit_per_s=10),
 )
+HOPELESS = 1.1
+"""A uniform plan that should need so much more than the smallest memory is not tried."""
 AIM = 0.6
 
 
@@ -118,11 +120,9 @@ def planned_plan(batch: int) -> dict[str, Any]:
 
 def measure_uniform(bench: Bench, split_layer: int, micro_batch: int) -> Uniform:
     """Return the median step of one uniform plan, in its second round."""
-    needed = bench.memory.peak_bytes(
-        blocks=split_layer, micro_batch=micro_batch, in_flight=IN_FLIGHT
-    )
+    needed = bench.memory.needed_bytes(split_layer=split_layer, micro_batch=micro_batch)
     step_s = None
-    if needed < bench.least_memory_bytes:
+    if needed < HOPELESS * bench.least_memory_bytes:
         plan = uniform_plan(split_layer, bench.batch, micro_batch)
         name = f"uniform-{split_layer}-{micro_batch}"
         with contextlib.suppress(RunFailedError):
@@ -155,7 +155,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, broker(Path(temporary)) as url:
         folder = Path(temporary)
         base, text = base_and_text(folder)
-        memory = MemoryModel.measured(folder, base)
+        plan = planned_plan(options.sequences // len(FLEET))
+        settings = run_settings(
+            base, devices=len(FLEET), plan=plan, rounds=options.rounds, steps=options.steps
+        )
+        memory = MemoryModel.of(folder, base, settings)
         bench = Bench(folder=folder, url=url, base=base, text=text, memory=memory, options=options)
         uniforms = measured_uniforms(bench)
         planned = bench.run("planned", planned_plan(bench.batch), rounds=options.rounds)

@@ -13,9 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared import costs, probe_loads, profile_file
+from coordinator.conditions import Conditions, FleetDevice
+from coordinator.device_plan import DevicePlan, adapted
+from coordinator.prediction import predict
+from coordinator.settings import CoordinatorSettings
+from shared import profile_file
 from shared.architecture import ModelArchitecture
-from shared.terms import LoraTerms
+from shared.protocol.messages import DeviceId
+from shared.protocol.profile import DataShape, ProfileFile
 from tests.support.brokers import wait_until
 from tests.testbed import large_base
 from tests.testbed.system import ROOT, Process, System
@@ -25,8 +30,7 @@ LENGTH = 124
 LINES = 200
 RANK = 8
 IN_FLIGHT = 2
-RESERVE = 1.08
-"""A whole agent takes some percent more than what its measurements alone predict."""
+SHORT_OF_MORE = 0.9
 FULL = "out of memory"
 """In the words of an agent whose memory is full."""
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
@@ -115,49 +119,67 @@ def emulation(device: Device, *, scale: float, memory_bytes: int | None) -> str:
     return ",".join(parts)
 
 
-@dataclass(frozen=True)
-class MemoryModel:
-    """What an agent takes of memory with the model of a bench, from what this machine measured."""
+def profiled(folder: Path, base: Path) -> ProfileFile:
+    """Return what `hsplit-agent profile` measures of this machine for a model."""
+    output = folder / "profile.json"
+    command = [
+        *(sys.executable, "-m", "edge_agent.cli", "profile", "--model", str(base)),
+        *("--micro-batch", "2", "--length", str(LENGTH), "--threads", "1"),
+        *("--device-id", "profiled", "--state-folder", str(folder / "profiled")),
+        *("--device", "cpu", "--output", str(output)),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return profile_file.read(output)
 
-    fitted: costs.Costs
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryModel:
+    """What an agent takes of memory by the coordinator's own reckoning, in a run of a fleet."""
+
+    profile: ProfileFile
+    settings: CoordinatorSettings
     architecture: ModelArchitecture
 
     @classmethod
-    def measured(cls, folder: Path, base: Path) -> MemoryModel:
-        """Measure the model with `hsplit-agent profile`."""
-        output = folder / "profile.json"
-        command = [
-            *(sys.executable, "-m", "edge_agent.cli", "profile", "--model", str(base)),
-            *("--micro-batch", "2", "--length", str(LENGTH), "--threads", "1"),
-            *("--device-id", "memory", "--state-folder", str(folder / "memory")),
-            *("--device", "cpu", "--output", str(output)),
-        ]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    def of(cls, folder: Path, base: Path, settings: Mapping[str, Any]) -> MemoryModel:
+        """Measure this machine for the model in ``base``, to reckon with a run's settings."""
         config = json.loads((base / "config.json").read_text())
-        fitted = costs.fit(profile_file.read(output).measurements)
-        return cls(fitted, ModelArchitecture.from_config(config))
-
-    def peak_bytes(self, *, blocks: int, micro_batch: int, in_flight: int) -> float:
-        """Return what training takes with the bench's adapters and sequences."""
-        lora = LoraTerms(r=RANK, target_modules=TARGETS)
-        ranks = self.architecture.target_modules(lora, blocks=range(blocks))
-        tokens = micro_batch * LENGTH
-        return float(
-            self.fitted.peak_bytes(
-                blocks=blocks,
-                tokens=tokens,
-                adapter_parameters=probe_loads.parameter_count(self.architecture, ranks),
-                in_flight=in_flight,
-                head_tokens=tokens,
-            )
+        return cls(
+            profile=profiled(folder, base),
+            settings=CoordinatorSettings.model_validate(settings),
+            architecture=ModelArchitecture.from_config(config),
         )
 
+    def needed_bytes(self, *, split_layer: int, micro_batch: int) -> float:
+        """Return what a part takes at the most, with `IN_FLIGHT` micro-batches at once."""
+        device_id = DeviceId("profiled")
+        lora = self.settings.lora
+        ranks, scalings = adapted(lora, self.architecture, range(split_layer))
+        plan = DevicePlan(
+            split_layer=split_layer,
+            ranks=ranks,
+            scalings=scalings,
+            batch=IN_FLIGHT * micro_batch,
+            micro_batch=micro_batch,
+            in_flight=IN_FLIGHT,
+        )
+        device = FleetDevice(
+            device_id=device_id,
+            terms=self.settings.device_terms(device_id),
+            measurements=self.profile.measurements,
+            data=DataShape(mean_length=LENGTH, padded_length=LENGTH, longest=LENGTH),
+        )
+        conditions = Conditions.of(self.settings, self.architecture, server=None)
+        found = predict({device_id: plan}, [device], conditions)
+        return found.devices[device_id].memory_bytes
+
     def limit_bytes(self, device: Device) -> int | None:
-        """Return the memory of a device: what its ``most_sequences`` take, and `RESERVE`."""
-        if device.most_sequences is None:
-            return None
+        """Return the memory that holds a device's ``most_sequences``, just short of one more."""
         most = device.most_sequences
-        return round(RESERVE * self.peak_bytes(blocks=1, micro_batch=most, in_flight=IN_FLIGHT))
+        if most is None:
+            return None
+        enough, more = (self.needed_bytes(split_layer=1, micro_batch=most + n) for n in (0, 1))
+        return round(enough + SHORT_OF_MORE * (more - enough))
 
 
 def start_fleet(
