@@ -342,19 +342,13 @@ class Coordinator:
             self._void_rounds = 0
             driver.aggregate()
             self._next_round += 1
-            self._adapt(driver)
+            end = driver.round.end_step
+            if self._fleet.observe(driver.observations()):
+                self._reporter.weighed(driver.round.number, end, self._fleet.importance.scores)
+            steps_left = self._settings.total_steps - end
+            self._assigner.rearrange(round_=driver.round.number, steps_left=steps_left)
             # The next round may have to wait for devices, and this one must outlive that.
             self._save(round_=driver.round.number)
-
-    def _adapt(self, driver: RoundDriver) -> None:
-        """Learn from a round, and give other parts to those who are better off with them."""
-        round_ = driver.round
-        if self._fleet.observe(driver.observations()):
-            scores = self._fleet.importance.scores
-            self._reporter.weighed(round_.number, round_.end_step, scores)
-        steps_left = self._settings.total_steps - round_.end_step
-        if steps_left and self._settings.plan.adapt:
-            self._assigner.rearrange(round_=round_.number, steps_left=steps_left)
 
     def _repeat_round(self, number: int) -> None:
         self._void_rounds += 1

@@ -173,8 +173,10 @@ class Fleet:
         """Return other parts for those of ``waiting`` who are better off with them.
 
         ``waiting`` have handed in round ``round_``; ``others`` keep their parts. Nothing is
-        decided about parts that the settings state.
+        decided about parts that the settings state, or in a run that may not adapt or is over.
         """
+        if not steps_left or not self._settings.plan.adapt:
+            return {}
         self._assume()
         devices = [self._device(member) for member in waiting]
         devices += [self._device(member, pinned=member.plan) for member in others]

@@ -6,7 +6,7 @@ Others import what they need of it from `shared.protocol.messages`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, NewType, TypeAlias
+from typing import Annotated, Literal, NewType, TypeAlias
 
 from pydantic import Field, InstanceOf
 
@@ -33,6 +33,17 @@ Loss: TypeAlias = Annotated[float, Field(ge=0, lt=1e12, allow_inf_nan=False)]
 Scale: TypeAlias = Annotated[float, Field(gt=0, lt=1e6, allow_inf_nan=False)]
 Score: TypeAlias = Annotated[float, Field(ge=0, lt=1e15, allow_inf_nan=False)]
 Tensor: TypeAlias = InstanceOf[TensorFrame]
+
+
+RefusalCode: TypeAlias = Literal[
+    "device_id_in_use",
+    "does_not_fit",
+    "bad_request",
+    "bad_numbers",
+    "stale",
+    "version",
+    "unreadable",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

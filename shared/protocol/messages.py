@@ -26,6 +26,7 @@ from shared.protocol.message_parts import (
     Module,
     Piece,
     Positive,
+    RefusalCode,
     Run,
     RunId,
     Score,
@@ -36,12 +37,7 @@ from shared.protocol.message_parts import (
     Tensor,
     Text,
 )
-from shared.protocol.profile import (
-    DataShape,
-    DeviceProfile,
-    Measurements,
-    Telemetry,
-)
+from shared.protocol.profile import DataShape, DeviceProfile, Measurements, Telemetry
 from shared.terms import LoraTerms, OptimizerTerms, Rank, TrainingTerms
 
 # The parts that belong to this module's interface, beside every class below.
@@ -54,6 +50,7 @@ __all__ = [
     "DeviceProfile",
     "ModelDescription",
     "Piece",
+    "RefusalCode",
     "Run",
     "RunId",
     "SessionId",
@@ -230,17 +227,6 @@ class Welcome:
     lora: LoraTerms
     optimizer: OptimizerTerms
     measure_at: Positive | None = None
-
-
-RefusalCode: TypeAlias = Literal[
-    "device_id_in_use",
-    "does_not_fit",
-    "bad_request",
-    "bad_numbers",
-    "stale",
-    "version",
-    "unreadable",
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
