@@ -114,6 +114,8 @@ def test_a_device_whose_memory_is_full_in_a_round_gets_a_lighter_part(
         training={**SETTINGS["training"], "labels": labels},
         rounds={"count": 4, "steps": 2},
     )
+    # A slow server leaves much to the devices.
+    sim.fleet._measure_server = lambda *_: Machine(speed=0.05).measured(sim.fleet._architecture)
     sim.run_to("round 1, step 1")
     held = {m.device_id: m.plan.split_layer for m in sim.coordinator.members.registry}
     backend = sim.devices["b"].parts.backend
@@ -128,11 +130,9 @@ def test_a_device_whose_memory_is_full_in_a_round_gets_a_lighter_part(
     sim.run()
     (overloaded,) = [one for one in sent(sim, Ready) if one.overloaded]
     assert "out of memory" in overloaded.overloaded
+    assert held["b"] > 1
     lighter = [one.split_layer for one in sent(sim, Assignment)]
-    if held["b"] > 1:
-        assert sim.devices["b"].error is None
-        assert held["b"] - 1 in lighter
-    else:
-        assert "out of memory" in str(sim.devices["b"].error)
+    assert held["b"] - 1 in lighter
+    assert sim.devices["b"].error is None
     assert sim.devices["a"].error is None
     assert sim.coordinator.finished

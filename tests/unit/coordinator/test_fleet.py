@@ -112,6 +112,18 @@ def test_a_device_that_becomes_slow_gets_less_at_once_and_the_others_more():
     a.plan, b.plan = changed["a"], changed["b"]
     train(known, members)  # as the new plan predicts: it counts with the slow device
     assert known.replan(members, others=[], round_=2, steps_left=90) == {}
+    assert known._planned_with["b"] == pytest.approx(3.0)
+
+
+def test_who_is_not_waiting_keeps_its_part_and_counts_as_load():
+    known = fleet()
+    members = [member(name, FAST) for name in "abc"]
+    joined(known, *members)
+    taken = members[2].plan.batch
+    train(known, members, slower=["b"])
+    changed = known.replan(members[:2], others=members[2:], round_=1, steps_left=100)
+    assert changed.keys() <= {"a", "b"}
+    assert sum(one.batch for one in changed.values()) == 3 * 8 - taken
 
 
 def test_so_does_one_that_lost_its_memory():
@@ -128,11 +140,13 @@ def test_so_does_one_that_lost_its_memory():
 
 
 def test_a_little_less_free_memory_is_no_reason():
-    known = fleet()
+    known = fleet(server=SLOW)
     roomy = Machine(memory_bytes=900_000_000)
     members = [member("a", roomy), member("b", roomy)]
-    joined(known, *members)
-    members[1].telemetry = Telemetry(free_memory_bytes=430_000_000, used_memory_bytes=400_000_000)
+    needed = int(joined(known, *members).prediction.devices["b"].memory_bytes)
+    tight = replace(members[1].measurements, memory_bytes=round(needed * 1.02))
+    members[1].measurements = tight
+    members[1].telemetry = Telemetry(free_memory_bytes=round(needed * 0.98), used_memory_bytes=1)
     train(known, members)
     assert known.replan(members, others=[], round_=1, steps_left=100) == {}
 
@@ -199,12 +213,16 @@ def test_what_it_learnt_goes_through_a_checkpoint():
     one = member("a", FAST)
     joined(known, one)
     known.position(one, 0)
-    train(known, [one], importance=[report([1.0] * BLOCKS)])
+    train(known, [one], importance=[report([900.0, 1, 1, 1, 1, 900.0])])
     known.replan([one], others=[], round_=1, steps_left=100)
     state = json.loads(json.dumps(known.state()))
     again = fleet()
     again.resume(state)
     assert again.state() == known.state()
+    one.plan = replace(one.plan, batch=3)
+    assert again.position(one, 10) == 80  # with the batch that it had, and not 30
+    blocks = range(BLOCKS)
+    assert again.server_ranks(blocks) == known.server_ranks(blocks) != fleet().server_ranks(blocks)
     again.resume({})  # of a version that knew no fleet
     with pytest.raises(StorageError, match="damaged"):
         again.resume({STATE: {"positions": {"a": {"step": 1}}}})
