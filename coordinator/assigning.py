@@ -11,10 +11,10 @@ import logging
 from collections.abc import Collection, Mapping
 
 from coordinator import answers
-from coordinator.cost_book import fitted
 from coordinator.fleet import Fleet
 from coordinator.membership import Membership, StaleRequestError
-from coordinator.planner import DevicePlan
+from coordinator.planning.cost_book import fitted
+from coordinator.planning.planner import DevicePlan
 from coordinator.quorum import Quorum, Verdict
 from coordinator.registry import Member, Stage
 from coordinator.settings import DeviceRules

@@ -126,7 +126,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from coordinator import dry_plan, plan_report  # noqa: PLC0415
+    from coordinator import dry_plan  # noqa: PLC0415
+    from coordinator.planning import plan_report  # noqa: PLC0415
     from coordinator.settings import CoordinatorSettings  # noqa: PLC0415
 
     logs.set_up(arguments.log_level or "warning", arguments.log_format or "text")

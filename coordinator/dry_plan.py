@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from coordinator.conditions import Conditions, FleetDevice
 from coordinator.model_folder import find_model, read_texts
-from coordinator.planner import FleetPlan, plan_fleet
+from coordinator.planning.conditions import Conditions, FleetDevice
+from coordinator.planning.planner import FleetPlan, plan_fleet
 from coordinator.settings import CoordinatorSettings
 from shared import profile_file
 from shared.architecture import ModelArchitecture

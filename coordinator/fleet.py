@@ -12,15 +12,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from coordinator.assigned_ranks import RankBook
-from coordinator.conditions import Conditions, FleetDevice
-from coordinator.cost_model import ITEM_BYTES
-from coordinator.device_plan import DevicePlan
 from coordinator.importance import Importance, Measured, theta
-from coordinator.planner import FleetPlan, plan_fleet
-from coordinator.prediction import Prediction, predict
-from coordinator.registry import Member
-from coordinator.replanning import (
+from coordinator.planning.assigned_ranks import RankBook
+from coordinator.planning.conditions import Conditions, FleetDevice
+from coordinator.planning.cost_model import ITEM_BYTES
+from coordinator.planning.device_plan import DevicePlan
+from coordinator.planning.planner import FleetPlan, plan_fleet
+from coordinator.planning.prediction import Prediction, predict
+from coordinator.planning.replanning import (
     LEAST_ROUNDS_APART,
     Decision,
     History,
@@ -30,6 +29,7 @@ from coordinator.replanning import (
     decide,
     switch_seconds,
 )
+from coordinator.registry import Member
 from coordinator.settings import CoordinatorSettings
 from shared.architecture import ModelArchitecture
 from shared.errors import PlanError, StorageError

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from coordinator.aggregation import Aggregated
-from coordinator.device_plan import DevicePlan, ranks_in_short
 from coordinator.journal import Journal
 from coordinator.metrics import DeviceSummary, MetricsWriter, Summary
-from coordinator.planner import FleetPlan
+from coordinator.planning.device_plan import DevicePlan, ranks_in_short
+from coordinator.planning.planner import FleetPlan
 from shared.clock import Clock
 from shared.protocol.messages import DeviceId, EvaluationResult, RoundResult
 from shared.protocol.profile import Telemetry

@@ -9,9 +9,9 @@ from pathlib import Path
 from coordinator import demo as material
 from coordinator import program
 from coordinator.demo import agents
-from coordinator.device_plan import ranks_in_short
 from coordinator.embedded_broker import EmbeddedBroker
 from coordinator.metrics import Summary
+from coordinator.planning.device_plan import ranks_in_short
 from coordinator.settings import (
     CoordinatorSettings,
     DeviceOverrides,

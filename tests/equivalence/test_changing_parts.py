@@ -12,7 +12,7 @@ import pytest
 
 from coordinator import checkpoints
 from coordinator.aggregation import SERVER
-from coordinator.planner import DevicePlan
+from coordinator.planning.planner import DevicePlan
 from shared.errors import PlanError
 from shared.protocol.messages import Assignment, DeviceId, RoundStart
 from tests.support.closeness import relative

@@ -188,7 +188,7 @@ def test_what_one_device_says_of_itself_harms_no_other(tmp_path, lies, again):
     if again:
         ready_again(sim, "c", lies)
     add(sim, "d", 1.0)
-    honest = [sim.devices[name] for name in "abd"]
+    honest = [sim.devices[name] for name in ("a", "b", "d")]
     try:
         sim.run(until=lambda: all(one.agent.finished or one.error for one in honest))
     finally:

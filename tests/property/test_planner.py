@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordinator.adapter_sizes import lora_key
-from coordinator.planner import FleetPlan, plan_fleet
-from coordinator.rank_policy import LADDER, ranks_by_importance
+from coordinator.planning.adapter_sizes import lora_key
+from coordinator.planning.planner import FleetPlan, plan_fleet
+from coordinator.planning.rank_policy import LADDER, ranks_by_importance
 from shared.errors import PlanError
 from shared.terms import LoraTerms, TrainingTerms
 from tests.support import brute_force

@@ -7,9 +7,9 @@ import dataclasses
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordinator.planner import plan_fleet
-from coordinator.prediction import predict
-from coordinator.replanning import LEAST_GAIN, History, Proposal, Standing, assumed, decide
+from coordinator.planning.planner import plan_fleet
+from coordinator.planning.prediction import predict
+from coordinator.planning.replanning import LEAST_GAIN, History, Proposal, Standing, assumed, decide
 from tests.support.fleets import Machine, conditions, device, llama
 
 MODEL = llama(4)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from coordinator.conditions import Conditions, FleetDevice
-from coordinator.device_plan import DevicePlan, adapted
-from coordinator.prediction import predict
+from coordinator.planning.conditions import Conditions, FleetDevice
+from coordinator.planning.device_plan import DevicePlan, adapted
+from coordinator.planning.prediction import predict
 from shared.protocol.messages import DeviceId
 
 

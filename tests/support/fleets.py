@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.conditions import Conditions, FleetDevice
+from coordinator.planning.conditions import Conditions, FleetDevice
 from coordinator.settings import DeviceTerms
 from shared.architecture import ModelArchitecture
 from shared.protocol.messages import DeviceId

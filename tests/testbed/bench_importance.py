@@ -31,11 +31,11 @@ from safetensors.torch import load_file
 
 from coordinator import demo
 from coordinator.aggregation import Contribution, aggregate, initial
-from coordinator.device_plan import adaptable_shapes, adapted
 from coordinator.handback import Holder, hand_back
 from coordinator.importance import from_device, theta
 from coordinator.model_store import ModelStore
-from coordinator.rank_policy import ranks_by_importance
+from coordinator.planning.device_plan import adaptable_shapes, adapted
+from coordinator.planning.rank_policy import ranks_by_importance
 from edge_agent.backends.base import MicroBatch, TokenBatch
 from edge_agent.backends.torch_backend import TorchBackend
 from edge_agent.dataset import Dataset, Sequences
@@ -54,7 +54,7 @@ TARGETS = ("c_attn", "c_proj", "c_fc")
 WARM_UP_STEPS = 10
 TOLERANCE = 1e-6
 TUNING_SEED = 100
-METHODS = ("uniform", "importance", "shuffled", "inverse")
+METHODS = ("uniform", "importance", "tempered", "shuffled", "inverse")
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,8 @@ class Bench:
             return {module: 1 / score for module, score in scores.items()}
         if self.job.method == "importance":
             return scores
+        if self.job.method == "tempered":  # half way, in logarithms, to equal scores
+            return {module: math.sqrt(score) for module, score in scores.items()}
         # Among modules of one kind, so that only the block that a score belongs to is wrong.
         random = np.random.default_rng(self.job.seed)
         shuffled: dict[str, float] = {}

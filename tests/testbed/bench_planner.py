@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.conditions import Conditions, FleetDevice
-from coordinator.cost_book import fitted
-from coordinator.planner import plan_fleet
+from coordinator.planning.conditions import Conditions, FleetDevice
+from coordinator.planning.cost_book import fitted
+from coordinator.planning.planner import plan_fleet
 from shared.architecture import ModelArchitecture
 from shared.terms import LabelMode, TrainingTerms
 from tests.support import brute_force

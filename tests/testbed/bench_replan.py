@@ -4,7 +4,8 @@ Three devices, real programs over a loopback mosquitto. One is given less of the
 SIGSTOP and SIGCONT in turns, a real slow-down that no code of hsplit knows of: first for the
 share `--share` of the time, from the middle of round `--drop` on for a third of that. The new
 optimum is what a run settles at in which the device is that slow from its start. The aim: in
-the round after three aggregations the step time is within 15 % of it.
+the round after three aggregations the step time is within 15 % of it. One more round follows,
+or a plan for the few steps that are left would not be worth its change.
 
     python -m tests.testbed.bench_replan --sequences 12
 """
@@ -45,7 +46,7 @@ OTHERS = (
 )
 AGGREGATIONS = 3
 AIM = 1.15
-PERIOD_S = 0.05
+PERIOD_S = 0.1
 LOOK_FOR_CHILDREN_S = 0.5
 
 
@@ -171,7 +172,8 @@ def _report(dropped: Outcome, slow: Outcome, options: argparse.Namespace) -> Non
             f"{number:>5}{'-' if since < 0 else since:>14}{step_s:>9.2f}"
             f"{step_s / optimum_s:>12.2f}  {parts}"
         )
-    ratio = rows[-1]["step_s"] / optimum_s
+    (settled_s,) = (r["step_s"] for r in rows if r["round"] == options.drop + AGGREGATIONS)
+    ratio = settled_s / optimum_s
     print(f"after {AGGREGATIONS} aggregations: {ratio:.2f} of the new optimum, aim at most {AIM}")
     write_report(
         "replan",
@@ -198,8 +200,8 @@ def _parts(outcome: Outcome, number: int) -> dict[str, Any]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", type=float, default=0.2, help="of the other devices' speeds")
-    parser.add_argument("--share", type=float, default=0.3, help=f"of the time that {VICTIM} has")
+    parser.add_argument("--scale", type=float, default=0.06, help="of the other devices' speeds")
+    parser.add_argument("--share", type=float, default=0.12, help=f"of the time that {VICTIM} has")
     parser.add_argument("--sequences", type=int, default=12, help="of all devices in one step")
     parser.add_argument("--steps", type=int, default=6, help="of a round")
     parser.add_argument("--drop", type=int, default=2, help="the round that it happens in")

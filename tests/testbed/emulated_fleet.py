@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordinator.conditions import Conditions, FleetDevice
-from coordinator.device_plan import DevicePlan, adapted
-from coordinator.prediction import predict
+from coordinator.planning.conditions import Conditions, FleetDevice
+from coordinator.planning.device_plan import DevicePlan, adapted
+from coordinator.planning.prediction import predict
 from coordinator.settings import CoordinatorSettings
 from shared import profile_file
 from shared.architecture import ModelArchitecture

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from coordinator.dry_plan import plan
-from coordinator.plan_report import as_data, as_table
+from coordinator.planning.plan_report import as_data, as_table
 from coordinator.settings import CoordinatorSettings
 from shared import profile_file
 from shared.architecture import ModelArchitecture

@@ -8,9 +8,9 @@ from types import MappingProxyType
 
 import pytest
 
-from coordinator.device_plan import DevicePlan, adapted
-from coordinator.planner import plan_fleet
-from coordinator.prediction import predict
+from coordinator.planning.device_plan import DevicePlan, adapted
+from coordinator.planning.planner import plan_fleet
+from coordinator.planning.prediction import predict
 from shared.errors import PlanError
 from shared.protocol.messages import DeviceId
 from shared.terms import LoraTerms, TrainingTerms

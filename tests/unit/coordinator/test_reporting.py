@@ -8,8 +8,8 @@ import math
 import pytest
 
 from coordinator.aggregation import Aggregated
-from coordinator.device_plan import DevicePlan, ranks_in_short
 from coordinator.metrics import MetricsWriter
+from coordinator.planning.device_plan import DevicePlan, ranks_in_short
 from coordinator.reporting import Reporter, Tallies
 from shared.protocol.messages import (
     Call,

@@ -22,7 +22,7 @@ from shared.protocol.profile import BlockPoint, LinkMeasurement, ProfileFile
 from tests.testbed.in_process import coordinator_main
 
 ROOT = Path(__file__).parents[3]
-TEXT = (ROOT / "coordinator" / "PLANNING.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "coordinator" / "planning" / "PLANNING.md").read_text(encoding="utf-8")
 EXAMPLE = TEXT[TEXT.index("## A worked example") : TEXT.index("## Reading the reasons")]
 BLOCKS = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", EXAMPLE)
 FOLDER = ROOT / "docker" / "config" / "profiles"

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from coordinator.allocation import Load, best_choices
-from coordinator.assigned_ranks import RankBook
-from coordinator.conditions import Conditions, FleetDevice
-from coordinator.cost_book import CostBook
-from coordinator.device_plan import DevicePlan, adaptable_shapes, adapted
-from coordinator.estimate import memory_bytes, plan_device
-from coordinator.options import Options
-from coordinator.plan_reasons import Reason, reason_of
-from coordinator.possible_parts import PossibleParts
-from coordinator.prediction import Prediction, predict, simulated_fleet
-from coordinator.server_room import ServerRoom, server_room
+from coordinator.planning.allocation import Load, best_choices
+from coordinator.planning.assigned_ranks import RankBook
+from coordinator.planning.conditions import Conditions, FleetDevice
+from coordinator.planning.cost_book import CostBook
+from coordinator.planning.device_plan import DevicePlan, adaptable_shapes, adapted
+from coordinator.planning.estimate import memory_bytes, plan_device
+from coordinator.planning.options import Options
+from coordinator.planning.plan_reasons import Reason, reason_of
+from coordinator.planning.possible_parts import PossibleParts
+from coordinator.planning.prediction import Prediction, predict, simulated_fleet
+from coordinator.planning.server_room import ServerRoom, server_room
 from shared.errors import PlanError
 from shared.protocol.messages import DeviceId
 

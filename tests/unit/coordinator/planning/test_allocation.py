@@ -8,14 +8,14 @@ import math
 import numpy as np
 import pytest
 
-from coordinator import allocation, exact_allocation, priced_allocation
-from coordinator.cost_book import CostBook
-from coordinator.exact_allocation import Table
-from coordinator.options import Options
-from coordinator.planner import plan_fleet
-from coordinator.possible_parts import PossibleParts
-from coordinator.server_room import ServerRoom
-from coordinator.time_search import Allocation, shortest_steps
+from coordinator.planning import allocation, exact_allocation, priced_allocation
+from coordinator.planning.cost_book import CostBook
+from coordinator.planning.exact_allocation import Table
+from coordinator.planning.options import Options
+from coordinator.planning.planner import plan_fleet
+from coordinator.planning.possible_parts import PossibleParts
+from coordinator.planning.server_room import ServerRoom
+from coordinator.planning.time_search import Allocation, shortest_steps
 from tests.support.fleets import Machine, conditions, device, llama
 
 MODEL = llama(6)

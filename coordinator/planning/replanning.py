@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from coordinator.device_plan import DevicePlan
-from coordinator.prediction import Prediction
+from coordinator.planning.device_plan import DevicePlan
+from coordinator.planning.prediction import Prediction
 from shared.protocol.messages import DeviceId
 
 Why: TypeAlias = Literal["memory", "slower", "gain", "importance"]

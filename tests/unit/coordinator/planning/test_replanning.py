@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from coordinator.device_plan import DevicePlan
-from coordinator.prediction import Prediction
-from coordinator.replanning import (
+from coordinator.planning.device_plan import DevicePlan
+from coordinator.planning.prediction import Prediction
+from coordinator.planning.replanning import (
     History,
     Proposal,
     Standing,

@@ -19,11 +19,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.cost_book import CostBook
-from coordinator.exact_allocation import Table
-from coordinator.options import Options, staged_choice
-from coordinator.prediction import simulated
-from coordinator.step_simulation import SimulatedDevice, step_seconds
+from coordinator.planning.cost_book import CostBook
+from coordinator.planning.exact_allocation import Table
+from coordinator.planning.options import Options, staged_choice
+from coordinator.planning.prediction import simulated
+from coordinator.planning.step_simulation import SimulatedDevice, step_seconds
 
 Choice: TypeAlias = tuple[int, int]
 """An option of a device and its number of sequences."""

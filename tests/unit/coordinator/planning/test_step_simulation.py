@@ -7,8 +7,8 @@ import statistics
 import numpy as np
 import pytest
 
-from coordinator.cost_model import Stages, contended_s
-from coordinator.step_simulation import Exchange, SimulatedDevice, step_seconds
+from coordinator.planning.cost_model import Stages, contended_s
+from coordinator.planning.step_simulation import Exchange, SimulatedDevice, step_seconds
 
 
 def device(**changes):

@@ -8,9 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.adapter_sizes import SizeBook, residual_growth
-from coordinator.conditions import Conditions, FleetDevice
-from coordinator.cost_model import ITEM_BYTES, Cut, DeviceCosts, Integers, Numbers, ServerCosts
+from coordinator.planning.adapter_sizes import SizeBook, residual_growth
+from coordinator.planning.conditions import Conditions, FleetDevice
+from coordinator.planning.cost_model import (
+    ITEM_BYTES,
+    Cut,
+    DeviceCosts,
+    Integers,
+    Numbers,
+    ServerCosts,
+)
 from shared.costs import Costs, fit, stacked
 from shared.protocol.profile import DataShape, LinkMeasurement, Measurements
 from shared.terms import TrainingTerms

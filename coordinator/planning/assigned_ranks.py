@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from coordinator.adapter_sizes import LoraKey, lora_key
-from coordinator.conditions import Conditions
-from coordinator.device_plan import adapted
-from coordinator.rank_policy import ranks_by_importance
+from coordinator.planning.adapter_sizes import LoraKey, lora_key
+from coordinator.planning.conditions import Conditions
+from coordinator.planning.device_plan import adapted
+from coordinator.planning.rank_policy import ranks_by_importance
 from shared.terms import LoraTerms
 
 Ranks: TypeAlias = tuple[Mapping[str, int], Mapping[str, float]]

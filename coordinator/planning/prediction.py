@@ -11,11 +11,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from coordinator.conditions import Conditions, FleetDevice
-from coordinator.cost_book import CostBook, longest_shape
-from coordinator.cost_model import Cut, Stages, added, contended_s, stages
-from coordinator.device_plan import DevicePlan
-from coordinator.step_simulation import Exchange, SimulatedDevice, step_seconds
+from coordinator.planning.conditions import Conditions, FleetDevice
+from coordinator.planning.cost_book import CostBook, longest_shape
+from coordinator.planning.cost_model import Cut, Stages, added, contended_s, stages
+from coordinator.planning.device_plan import DevicePlan
+from coordinator.planning.step_simulation import Exchange, SimulatedDevice, step_seconds
 from shared.architecture import ModelArchitecture
 from shared.protocol.messages import DeviceId
 

@@ -9,15 +9,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from coordinator import exact_allocation, priced_allocation
-from coordinator.cost_book import CostBook
-from coordinator.cost_model import contended_s
-from coordinator.exact_allocation import Table
-from coordinator.options import Options, table
-from coordinator.priced_allocation import Offers
-from coordinator.refinement import Choice, Refinement, Surroundings
-from coordinator.step_simulation import SimulatedDevice
-from coordinator.time_search import Allocation, Objective, shortest_steps
+from coordinator.planning import exact_allocation, priced_allocation
+from coordinator.planning.cost_book import CostBook
+from coordinator.planning.cost_model import contended_s
+from coordinator.planning.exact_allocation import Table
+from coordinator.planning.options import Options, table
+from coordinator.planning.priced_allocation import Offers
+from coordinator.planning.refinement import Choice, Refinement, Surroundings
+from coordinator.planning.step_simulation import SimulatedDevice
+from coordinator.planning.time_search import Allocation, Objective, shortest_steps
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Numbers: TypeAlias = "npt.NDArray[Any] | float"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coordinator.conditions import Conditions, FleetDevice
-from coordinator.cost_model import ServerCosts
+from coordinator.planning.conditions import Conditions, FleetDevice
+from coordinator.planning.cost_model import ServerCosts
 from shared.errors import PlanError
 
 SHARE_BYTES_PER_PARAMETER = 4

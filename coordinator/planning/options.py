@@ -15,10 +15,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.conditions import FleetDevice
-from coordinator.cost_book import CostBook
-from coordinator.cost_model import Numbers, Stages, added, stages
-from coordinator.exact_allocation import Table
+from coordinator.planning.conditions import FleetDevice
+from coordinator.planning.cost_book import CostBook
+from coordinator.planning.cost_model import Numbers, Stages, added, stages
+from coordinator.planning.exact_allocation import Table
 from shared.protocol.messages import DeviceId
 
 Array: TypeAlias = npt.NDArray[np.float64]

@@ -7,11 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from coordinator.adapter_sizes import SizeBook, residual_growth
-from coordinator.cost_book import CostBook
-from coordinator.cost_model import SPARE, added, contended_s, stages
-from coordinator.device_plan import DevicePlan, adapted
-from coordinator.prediction import predict
+from coordinator.planning.adapter_sizes import SizeBook, residual_growth
+from coordinator.planning.cost_book import CostBook
+from coordinator.planning.cost_model import SPARE, added, contended_s, stages
+from coordinator.planning.device_plan import DevicePlan, adapted
+from coordinator.planning.prediction import predict
 from shared.protocol.messages import DeviceId
 from shared.terms import LoraTerms, TrainingTerms
 from tests.support.fleets import (

@@ -1,14 +1,14 @@
 """A device's part without measurements: as the settings state it, else an estimate. Pure.
 
 `memory_bytes` follows from the model's shapes alone; a device that measured itself is planned by
-`coordinator.planner`, whose bytes are measured ones.
+`coordinator.planning.planner`, whose bytes are measured ones.
 """
 
 from __future__ import annotations
 
 import math
 
-from coordinator.device_plan import DevicePlan, adapted
+from coordinator.planning.device_plan import DevicePlan, adapted
 from coordinator.settings import DeviceTerms
 from shared.architecture import ModelArchitecture
 from shared.errors import PlanError

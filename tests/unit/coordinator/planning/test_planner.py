@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.planner import adaptable_shapes, memory_bytes, plan_device
+from coordinator.planning.planner import adaptable_shapes, memory_bytes, plan_device
 from coordinator.settings import DeviceTerms
 from shared.architecture import ModelArchitecture
 from shared.errors import PlanError

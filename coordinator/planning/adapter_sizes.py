@@ -9,8 +9,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.conditions import Conditions, FleetDevice
-from coordinator.device_plan import adapted
+from coordinator.planning.conditions import Conditions, FleetDevice
+from coordinator.planning.device_plan import adapted
 from shared.architecture import Features
 from shared.terms import LoraTerms
 

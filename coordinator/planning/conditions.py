@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from coordinator.device_plan import DevicePlan
+from coordinator.planning.device_plan import DevicePlan
 from coordinator.settings import CoordinatorSettings, DeviceTerms, RankPolicy
 from shared.architecture import ModelArchitecture
 from shared.protocol.messages import DeviceId

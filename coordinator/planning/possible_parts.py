@@ -12,10 +12,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.conditions import Conditions, FleetDevice
-from coordinator.cost_book import CostBook
-from coordinator.options import Grid, Options, options_of
-from coordinator.server_room import ServerRoom
+from coordinator.planning.conditions import Conditions, FleetDevice
+from coordinator.planning.cost_book import CostBook
+from coordinator.planning.options import Grid, Options, options_of
+from coordinator.planning.server_room import ServerRoom
 from shared.errors import PlanError
 from shared.protocol.messages import DeviceId
 

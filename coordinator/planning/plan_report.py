@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from coordinator.device_plan import DevicePlan, ranks_in_short
-from coordinator.planner import FleetPlan
-from coordinator.prediction import DevicePrediction
+from coordinator.planning.device_plan import DevicePlan, ranks_in_short
+from coordinator.planning.planner import FleetPlan
+from coordinator.planning.prediction import DevicePrediction
 
 LEAST_S = 1e-6
 """Less is what a link takes that nobody measured."""

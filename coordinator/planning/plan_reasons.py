@@ -7,8 +7,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from coordinator.cost_book import CostBook
-from coordinator.options import Options
+from coordinator.planning.cost_book import CostBook
+from coordinator.planning.options import Options
 
 Kind: TypeAlias = Literal[
     "stated", "estimated", "kept", "whole", "capped", "unable", "memory", "server", "speed", "link"
