@@ -25,7 +25,7 @@ STAMP310 := .venv310/.installed
 
 .PHONY: help
 help: ## Say what can be made
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 # --- set-up -----------------------------------------------------------------------------------
 
@@ -113,6 +113,14 @@ bench-planner: install ## The planner against brute force, and its time for 10,0
 .PHONY: bench-importance
 bench-importance: install ## Held-out perplexity: ranks by importance against equal ranks
 	$(BIN)/python -m tests.testbed.bench_importance $(BENCH_ARGS)
+
+.PHONY: bench-fleet
+bench-fleet: install mosquitto ## Planned fleet of emulated devices against the best uniform plan (17 min)
+	$(BIN)/python -m tests.testbed.bench_fleet $(BENCH_ARGS)
+
+.PHONY: bench-replan
+bench-replan: install mosquitto ## How soon the plan follows a device that becomes slow (13 min)
+	$(BIN)/python -m tests.testbed.bench_replan $(BENCH_ARGS)
 
 .PHONY: clean
 clean: ## Remove environments, caches and builds; runs/ stays

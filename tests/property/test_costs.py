@@ -111,7 +111,7 @@ SHAPES = st.fixed_dictionaries(
 @given(truths(), SHAPES, st.integers(1, 4))
 def test_noiseless_points_come_back_exactly_far_outside_what_was_measured(truth, shape, in_flight):
     costs = fit(measured_by(truth))
-    near = {"rtol": 1e-4}
+    near = {"rtol": 1e-3}  # what the ridge costs that makes every answer unique
     work = (shape["blocks"], shape["tokens"], shape["adapter_parameters"])
     expected = seconds(truth["forward"], *work)
     np.testing.assert_allclose(costs.forward_s(**shape), expected, **near)

@@ -4,9 +4,9 @@ The small base learns E2E with the same number of adapter parameters, steps and 
 where the ranks are differs. Everything runs on one device that holds the whole model, which by
 the first law is what a split fleet computes. As in a run, all ranks are equal in a first round;
 then a probe, the planner's own rule, an aggregation and its hand-back give others. The learning
-rate is tuned for each way by itself, over the same rates, on a seed of its own. Two controls say
-whether it is importance that does it: the same scores given to the wrong blocks, and their
-inverses.
+rate is tuned for each way by itself, over the same rates, on a seed of its own. ``--methods`` adds
+the roots of the scores (tempered), and two controls that say whether it is importance that does
+it: the scores given to the wrong blocks (shuffled), and their inverses.
 
     make bench-importance          BENCH_ARGS="--ranks 4 8 16 --steps 300 --processes 2"
 """

@@ -119,7 +119,7 @@ def test_two_profiles_of_one_device_are_refused_with_both_names(run_file, write)
 
 
 def test_a_run_that_is_longer_than_the_model_allows_is_refused(run_file, write):
-    run_file.write_text(run_file.read_text().replace("64", "100000"))
+    run_file.write_text(run_file.read_text().replace("max_length: 64", "max_length: 100000"))
     profile = write("fast", Machine())
     with pytest.raises(PlanError, match="training.max_length is 100000"):
         planned(run_file, [profile], profile)
