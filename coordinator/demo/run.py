@@ -81,9 +81,9 @@ def demo(folder: Path, clock: Clock, *, labels: LabelMode, rounds: int | None) -
 
 def table(summary: Summary, run_folder: Path) -> str:
     """Return the outcome for people."""
-    rows = [f"{'device':<14}{'split layer':>12}{'LoRA rank':>12}{'target tokens':>15}"]
+    rows = [f"{'device':<14}{'split layer':>12}{'LoRA rank':>24}{'target tokens':>15}"]
     rows += [
-        f"{name:<14}{one.split_layer:>12}{ranks_in_short(one.ranks):>12}{one.target_tokens:>15,}"
+        f"{name:<14}{one.split_layer:>12}{ranks_in_short(one.ranks):>24}{one.target_tokens:>15,}"
         for name, one in summary.devices.items()
     ]
     return "\n".join(
