@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
-import threading
 from pathlib import Path
 
 import psutil
@@ -124,25 +122,6 @@ def test_a_child_that_is_stuck_is_killed_and_what_it_said_counts(tmp_path):
     found = probe(spec(tmp_path, device_id=DeviceId("stuck-3")), timeout_s=5.0)
     assert len(found.blocks) == 3
     assert "it took more than 5 s while measuring" in found.warnings[0]
-    assert not children()
-
-
-@pytest.mark.usefixtures("_own_children")
-def test_an_interrupted_parent_takes_its_child_along(tmp_path):
-    main = threading.main_thread().ident
-
-    def interrupt() -> None:
-        # Once it has worked for a while: before, the parent may not hold it yet.
-        while not any(child.cpu_times().user > 0.0 for child in children()):
-            pass
-        assert main is not None
-        signal.pthread_kill(main, signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        probe(spec(tmp_path, device_id=DeviceId("stuck-3")), timeout_s=60.0)
-    thread.join()
     assert not children()
 
 
