@@ -22,6 +22,7 @@ from coordinator.back_pass import (
     LossResult,
     MicroBatchInput,
     MicroBatchKey,
+    name_of,
 )
 from coordinator.membership import StaleRequestError
 from coordinator.registry import Member
@@ -171,7 +172,7 @@ class Exchange:
     def _check(self, member: Member, job: Activations) -> None:
         plan = member.plan
         assert plan is not None  # participants have one
-        self._check_size(job, plan.micro_batch)
+        self._check_size(job, plan.micro_batch, what=_name(member, job))
         if job.purpose == "evaluate":
             return
         if job.step < self._round.step:
@@ -207,24 +208,26 @@ class Exchange:
                 f"micro-batch, and names step {self._round.first_step}"
             )
 
-    def _check_size(self, job: Activations, micro_batch: int) -> None:
+    def _check_size(self, job: Activations, micro_batch: int, *, what: str) -> None:
         """Refuse, before it is queued, what is larger than planned or contradicts itself."""
         most = self._limits.evaluate_batch if job.purpose == "evaluate" else micro_batch
         tokens = sum(job.lengths)
         if len(job.lengths) > most or max(job.lengths) > self._limits.max_length:
             raise ProtocolError(
-                f"{len(job.lengths)} sequences of up to {max(job.lengths)} tokens, where at most "
-                f"{most} of {self._limits.max_length} are agreed"
+                f"{what}: {len(job.lengths)} sequences of up to {max(job.lengths)} tokens, where "
+                f"at most {most} of {self._limits.max_length} are agreed"
             )
         if job.hidden.shape[:1] != (tokens,) or job.target_tokens > tokens:
             raise NumericsError(
-                f"{job.hidden.shape[:1]} activations and {job.target_tokens} targets for "
-                f"{tokens} tokens"
+                f"{what}: {job.hidden.shape[:1]} activations and {job.target_tokens} targets "
+                f"for {tokens} tokens"
             )
         if job.labels is not None and job.labels.dtype == "int32":
             targets = int(np.count_nonzero(unpack(job.labels) >= 0))
             if targets != job.target_tokens:
-                raise NumericsError(f"{job.target_tokens} targets stated, {targets} labels sent")
+                raise NumericsError(
+                    f"{what}: {job.target_tokens} targets stated, {targets} labels sent"
+                )
 
     def _announce(self, member: Member, job: Activations) -> None:
         """Note a micro-batch: the round, which counts on that, must hear of each one once."""
@@ -310,6 +313,14 @@ def _place(member: Member, job: Job) -> _Place:
 
 def _key(job: Job) -> MicroBatchKey:
     return MicroBatchKey(job.step, job.micro_batch)
+
+
+def _name(member: Member, job: Activations) -> str:
+    """Return what an error calls a micro-batch."""
+    if job.purpose == "evaluate":
+        return f"evaluation of {member.device_id}"
+    purpose = "probe of " if job.purpose == "probe" else ""
+    return name_of(member.device_id, _key(job), purpose=purpose)
 
 
 def _input(member: Member, job: Activations) -> MicroBatchInput:

@@ -15,6 +15,8 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 
 RIDGE = 1e-7
 """Weight of a coefficient's price beside the points' errors: decides only what these leave open."""
+REFINEMENTS = 2
+"""Passes that take back what the prices cost the coefficients which the points do decide."""
 TOLERANCE = 1e-13
 """Below this a slope is rounding; above, the price of a coefficient, which is `RIDGE` squared."""
 
@@ -30,15 +32,21 @@ def nonnegative_least_squares(design_PC: Vector, target_P: Vector, prices_C: Vec
     norms_C = np.linalg.norm(design_PC, axis=0)
     scales_C = np.where(norms_C > 0, norms_C, 1.0)
     # The price as more rows to satisfy: with them the answer is always unique.
-    rows = np.concatenate([design_PC / scales_C, np.diag(RIDGE * prices_C)])
-    wanted = np.concatenate([target_P, np.zeros(len(prices_C))])
-    x_C: Vector = _active_sets(rows, wanted) * (norms_C > 0) / scales_C
-    return x_C
+    ridge_C = RIDGE * prices_C
+    rows = np.concatenate([design_PC / scales_C, np.diag(ridge_C)])
+    x_C = np.zeros(len(prices_C))
+    # First the price of x itself, then only of its change: that goes to 0 wherever the points
+    # decide (the proximal point method), and nothing moves where they do not.
+    for _ in range(1 + REFINEMENTS):
+        x_C = _active_sets(rows, np.concatenate([target_P, ridge_C * x_C]), x_C)
+    coefficients_C: Vector = x_C * (norms_C > 0) / scales_C
+    return coefficients_C
 
 
-def _active_sets(rows: Vector, wanted: Vector) -> Vector:
-    x_C = np.zeros(rows.shape[1])
-    free_C = np.zeros(rows.shape[1], dtype=bool)
+def _active_sets(rows: Vector, wanted: Vector, x_C: Vector) -> Vector:
+    free_C = x_C > 0
+    if free_C.any():
+        x_C = _descend(rows, wanted, x_C, free_C)
     # Each pass frees one coefficient and lowers the error, so no set comes twice; the bound is
     # for rounding alone.
     for _ in range(10 * len(x_C)):

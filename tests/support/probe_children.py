@@ -9,12 +9,17 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from edge_agent.probe_spec import LINE, SPEC, ProbeLine
+from shared.atomic import replace_file
 from shared.errors import ConfigError, PlanError
 from shared.protocol.profile import BlockPoint
 
+MODULE = "tests.support.probe_children"
 MIB = 2**20
+STUCK = "HSPLIT_TEST_STUCK"
+"""Names the file that gets the process id of a child that is stuck, if any."""
 
 
 def point(blocks: int, sequences: int) -> BlockPoint:
@@ -46,6 +51,8 @@ def main() -> None:
     if what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "stuck":
+        if STUCK in os.environ:
+            replace_file(Path(os.environ[STUCK]), str(os.getpid()).encode())
         time.sleep(600)
     if what == "crashed":
         sys.exit("Traceback: the driver is broken")

@@ -220,10 +220,26 @@ NINE = pack(np.zeros((9, 32), np.float32))
 UNPLANNED = [
     ({"of": 5}, ProtocolError, "micro-batch 0 of 5"),
     ({"index": 2, "of": 2}, ProtocolError, "micro-batch 2 of 2"),
-    ({"lengths": (1, 1, 3)}, ProtocolError, "3 sequences of up to 3 tokens, .* most 2 of 8"),
-    ({"lengths": (9,), "hidden": NINE}, ProtocolError, "1 sequences of up to 9 tokens"),
-    ({"lengths": (1,) * 4, "purpose": "evaluate"}, ProtocolError, "4 sequences .* most 3 of 8"),
-    ({"hidden": NINE}, NumericsError, r"\(9,\) activations and 5 targets for 5 tokens"),
+    (
+        {"lengths": (1, 1, 3)},
+        ProtocolError,
+        "nano, step 10, micro-batch 0: 3 sequences of up to 3 tokens, .* most 2 of 8",
+    ),
+    (
+        {"lengths": (9,), "hidden": NINE},
+        ProtocolError,
+        "nano, step 10, micro-batch 0: 1 sequences of up to 9 tokens",
+    ),
+    (
+        {"lengths": (1,) * 4, "purpose": "evaluate"},
+        ProtocolError,
+        "^evaluation of nano: 4 sequences .* most 3 of 8",
+    ),
+    (
+        {"hidden": NINE},
+        NumericsError,
+        r"nano, step 10, micro-batch 0: \(9,\) activations and 5 targets for 5 tokens",
+    ),
     ({"target_tokens": 6}, NumericsError, "6 targets for 5 tokens"),
     ({"target_tokens": 4}, NumericsError, "4 targets stated, 5 labels sent"),
 ]

@@ -90,7 +90,7 @@ def test_every_family_is_measured_at_all_points(tmp_path, family):
     lines = run(spec(tmp_path, family=family))
     assert lines[0].runtime_bytes is not None
     assert sizes(lines) == [(1, 16, 1), (1, 64, 1), (3, 16, 1), (3, 64, 1), (3, 64, 2)]
-    assert sorted(line.head.tokens for line in lines if line.head) == [16, 64]
+    assert [line.head.tokens for line in lines if line.head] == [64, 16]
     assert len([line for line in lines if line.optimizer]) == 2
     assert not [line for line in lines if line.warning]
 
@@ -118,7 +118,7 @@ def test_one_block_and_one_sequence_still_give_points_that_differ(tmp_path):
 def test_activations_that_do_not_fit_are_replaced_by_fewer(tmp_path):
     lines = run(spec(tmp_path), SmallBackend(tokens=40))
     assert sizes(lines) == [(1, 16, 1), (1, 32, 1), (3, 16, 1), (3, 32, 1), (3, 32, 2)]
-    assert sorted(line.head.tokens for line in lines if line.head) == [16, 32]
+    assert [line.head.tokens for line in lines if line.head] == [32, 16]
     warnings = [line.warning for line in lines if line.warning]
     assert "1 block on 4 x 16 tokens did not fit, 1 block on 2 x 16 tokens did" in warnings[0]
     assert "no room for the activations" in warnings[0]

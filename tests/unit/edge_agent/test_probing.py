@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -18,9 +23,8 @@ from shared.memory_use import resident_bytes
 from shared.protocol.messages import DeviceId
 from shared.protocol.profile import Measurements
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
+from tests.support import probe_children
 from tests.support.tiny_models import tiny_model
-
-CHILDREN = "tests.support.probe_children"
 
 
 def spec(folder: Path, **changes: object) -> ProbeSpec:
@@ -52,7 +56,7 @@ def test_a_child_measures_what_the_costs_are_fitted_to(tmp_path):
         (blocks, sequences, 16) for blocks in (1, 3) for sequences in (1, 4)
     }
     assert all(p.peak_bytes > found.runtime_bytes for p in found.blocks)
-    assert {p.tokens for p in found.head} == {16, 64}
+    assert [p.tokens for p in found.head] == [64, 16]
     assert len({p.adapter_parameters for p in found.optimizer}) == 2
     costs = fit(
         Measurements(
@@ -66,7 +70,8 @@ def test_a_child_measures_what_the_costs_are_fitted_to(tmp_path):
             optimizer=found.optimizer,
         )
     )
-    assert costs.backward_s(blocks=3, tokens=64, adapter_parameters=1536) > 0
+    few, many = (costs.backward_s(blocks=k, tokens=64, adapter_parameters=512 * k) for k in (1, 3))
+    assert many > 1.5 * few
     assert costs.memory_line(tokens=64)[0] >= found.runtime_bytes
 
 
@@ -78,7 +83,7 @@ def test_pieces_of_another_model_are_an_error_that_names_the_tensor(tmp_path):
 
 @pytest.fixture
 def _own_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "MODULE", CHILDREN)
+    monkeypatch.setattr(probing, "MODULE", probe_children.MODULE)
 
 
 @pytest.mark.usefixtures("_own_children")
@@ -123,6 +128,33 @@ def test_a_child_that_is_stuck_is_killed_and_what_it_said_counts(tmp_path):
     assert len(found.blocks) == 3
     assert "it took more than 5 s while measuring" in found.warnings[0]
     assert not children()
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_program_that_is_stopped_takes_its_child_along(tmp_path, how, code):
+    pid_file = tmp_path / "stuck"
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.probe_parent"],
+        stdin=subprocess.PIPE,
+        env={**os.environ, probe_children.STUCK: str(pid_file)},
+    )
+    try:
+        assert parent.stdin is not None
+        parent.stdin.write(SPEC.dump_json(spec(tmp_path, device_id=DeviceId("stuck-3"))))
+        parent.stdin.close()
+        deadline_s = time.monotonic() + 60.0
+        while not pid_file.exists():
+            assert parent.poll() is None
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        child = psutil.Process(int(pid_file.read_text()))
+        assert child.ppid() == parent.pid
+        parent.send_signal(how)
+        assert parent.wait(30.0) == code
+    finally:
+        parent.kill()
+        parent.wait()
+    assert not child.is_running()
 
 
 def children() -> list[psutil.Process]:
