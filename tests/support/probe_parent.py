@@ -1,7 +1,7 @@
 """A program that has its device measured by a stuck child, and stops as both programs do.
 
-Reads its spec as a child does. Once the child is stuck, the file that `probe_children.STUCK` names in
-the environment has the child's process id.
+Reads its spec as a child does. Once the child is stuck, its process id is in the file that the
+environment variable `probe_children.STUCK` names.
 """
 
 from __future__ import annotations
