@@ -6,7 +6,9 @@ from coordinator.handback import HandBack
 from coordinator.model_store import ModelStore
 from coordinator.planning.planner import DevicePlan
 from coordinator.wire_adapters import to_wire
+from shared.classifier_weights import ClassifierTensors
 from shared.errors import ProtocolError
+from shared.protocol import weights
 from shared.protocol.messages import (
     Assignment,
     Call,
@@ -53,12 +55,13 @@ def round_start(
     handed: HandBack,
     device: DeviceId,
     *,
+    classifier: ClassifierTensors,
     first_step: int,
     steps: int,
     first_sequence: int,
     probe_sequences: int,
 ) -> RoundStart:
-    """Return what a device starts the round from."""
+    """Return what a device starts the round from; ``classifier`` empty: it keeps its own."""
     return RoundStart(
         call=call,
         round=handed.round,
@@ -69,4 +72,5 @@ def round_start(
         fold=handed.fold,
         first_sequence=first_sequence,
         probe_sequences=probe_sequences,
+        classifier=weights.to_wire(classifier),
     )

@@ -1,6 +1,6 @@
 """One micro-batch's way through the back of the model: what came is checked, what goes is framed.
 
-Shape suffixes: N packed tokens, D hidden size.
+Shape suffixes: N packed tokens, M of them that the head reads, D hidden size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from shared.class_counts import ClassCounts
 from shared.errors import NumericsError, ProtocolError
+from shared.modeling.heads import Judged
 from shared.modeling.packing import Packing
 from shared.modeling.splitting import BackModel
 from shared.modeling.wire import from_frame, to_frame
@@ -33,7 +35,7 @@ class MicroBatchInput:
     """What a device sent of one micro-batch, unchecked.
 
     ``hidden`` (N, D) in the wire dtype, N = sum(lengths); ``labels`` (N,) int32 where the head
-    is on the server, -100 where a position predicts nothing, else None.
+    is on the server, -100 where a position predicts nothing, else None: tokens, or classes.
     """
 
     split_layer: int
@@ -44,7 +46,7 @@ class MicroBatchInput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HiddenResult:
-    """The back's output (N, D) in the wire dtype, for the head on the device."""
+    """The back's output (M, D) in the wire dtype, for the head on the device."""
 
     hidden: TensorFrame
 
@@ -59,9 +61,10 @@ class GradientResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LossResult:
-    """The summed loss of an evaluation micro-batch."""
+    """The summed loss of an evaluation micro-batch, and how a classifier chose."""
 
     loss_sum: float
+    counts: ClassCounts = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +72,7 @@ class Arrived:
     """A micro-batch that passed the checks: ``hidden_ND`` in the compute dtype, no history."""
 
     hidden_ND: torch.Tensor
-    labels_N: torch.Tensor | None
+    labels_M: torch.Tensor | None
     packing: Packing
     split_layer: int
 
@@ -91,53 +94,53 @@ class BackPass:
             ProtocolError: labels are missing or unwanted, or the blocks are not held.
         """
         self._check(sent, name=name)
-        labels_N = self._labels(sent, name=name)
+        packing = Packing.of(sent.lengths, device=self.back.device)
+        labels_M = self._labels(sent, packing, name=name)
         shape = (sum(sent.lengths), self.back.architecture.hidden_size)
         hidden_ND = self._receive(sent.hidden, shape, what=f"activations of {name}")
-        packing = Packing.of(sent.lengths, device=self.back.device)
-        return Arrived(hidden_ND.to(self.back.dtype), labels_N, packing, sent.split_layer)
+        return Arrived(hidden_ND.to(self.back.dtype), labels_M, packing, sent.split_layer)
 
     def run(self, arrived: Arrived) -> torch.Tensor:
-        """Return the back's output (N, D)."""
+        """Return the back's output (M, D), as far as the head reads it."""
         output_ND: torch.Tensor = self.back(
             arrived.hidden_ND, arrived.packing, split_layer=arrived.split_layer
         )
-        return output_ND
+        return self.back.read(output_ND, arrived.packing)
 
-    def loss(
-        self, hidden_ND: torch.Tensor, labels_N: torch.Tensor, *, name: str
-    ) -> tuple[torch.Tensor, float]:
-        """Return the summed loss, differentiable in ``hidden_ND`` and as a number.
+    def judge(
+        self, hidden_MD: torch.Tensor, labels_M: torch.Tensor, *, name: str
+    ) -> tuple[Judged, float]:
+        """Return the summed loss, differentiable in ``hidden_MD`` and as a number, and counts.
 
         Raises:
             NumericsError: it is not finite.
         """
-        loss = self.back.loss_sum(hidden_ND, labels_N)
-        loss_sum = float(loss.detach())
+        judged = self.back.judge(hidden_MD, labels_M)
+        loss_sum = float(judged.loss.detach())
         if not math.isfinite(loss_sum):
             raise NumericsError(
                 f"the loss of {name} is {loss_sum}: training diverged; lower "
                 "optimizer.learning_rate"
             )
-        return loss, loss_sum
+        return judged, loss_sum
 
     def head_gradient(
-        self, gradient: TensorFrame, hidden_ND: torch.Tensor, *, name: str
+        self, gradient: TensorFrame, hidden_MD: torch.Tensor, *, name: str
     ) -> torch.Tensor:
-        """Return the head's gradient of ``hidden_ND``, checked.
+        """Return the head's gradient of ``hidden_MD``, checked.
 
         Raises:
             NumericsError: wrong shape or dtype, NaN or infinity.
         """
-        return self._receive(gradient, tuple(hidden_ND.shape), what=f"head gradient of {name}")
+        return self._receive(gradient, tuple(hidden_MD.shape), what=f"head gradient of {name}")
 
-    def frame(self, tensor_ND: torch.Tensor, *, what: str) -> TensorFrame:
+    def frame(self, tensor: torch.Tensor, *, what: str) -> TensorFrame:
         """Return an answer in the wire dtype.
 
         Raises:
             NumericsError: it holds NaN or infinity.
         """
-        return to_frame(tensor_ND, dtype=self._training.wire_dtype, what=what)
+        return to_frame(tensor, dtype=self._training.wire_dtype, what=what)
 
     def _check(self, sent: MicroBatchInput, *, name: str) -> None:
         blocks, lengths = self.back.blocks, sent.lengths
@@ -152,7 +155,7 @@ class BackPass:
                 f"got {min(lengths, default=0)} to {max(lengths, default=0)}"
             )
 
-    def _labels(self, sent: MicroBatchInput, *, name: str) -> torch.Tensor | None:
+    def _labels(self, sent: MicroBatchInput, packing: Packing, *, name: str) -> torch.Tensor | None:
         if (sent.labels is None) != (self._training.labels == "device"):
             raise ProtocolError(
                 f"{name}: labels {'missing' if sent.labels is None else 'sent'}, but this run "
@@ -164,10 +167,16 @@ class BackPass:
         device = self.back.device
         what = f"labels of {name}"
         labels_N = from_frame(sent.labels, what=what, dtype="int32", shape=shape, device=device)
-        vocab_size = self.back.architecture.vocab_size
-        if bool((labels_N >= vocab_size).any()):
-            raise NumericsError(f"{what}: token id {int(labels_N.max())} of {vocab_size} words")
-        return labels_N.long()
+        architecture = self.back.architecture
+        if bool((labels_N >= architecture.output_count).any()):
+            kind, of = ("class", "classes") if architecture.classifies else ("token id", "words")
+            raise NumericsError(
+                f"{what}: {kind} {int(labels_N.max())} of {architecture.output_count} {of}"
+            )
+        labels_M = self.back.read(labels_N.long(), packing)
+        if architecture.classifies and bool((labels_M < 0).any()):
+            raise NumericsError(f"{what}: a sequence without a class where the classifier reads")
+        return labels_M
 
     def _receive(self, frame: TensorFrame, shape: tuple[int, ...], *, what: str) -> torch.Tensor:
         dtype, device = self._training.wire_dtype, self.back.device

@@ -5,8 +5,9 @@
     update.safetensors      the global update, factored, in float64
     server.safetensors      the server's adapters at the start of the next round, float32
     optimizer.safetensors   the state of the server's optimizer
+    classifier.safetensors  the weights of the classifier, float32; only where there is one
     state.json              round, step, and whatever the coordinator needs besides
-    manifest.json           SHA-256 of each of the four
+    manifest.json           SHA-256 of each of these
 
 A folder appears whole or not at all; one that was damaged later does not match its manifest,
 and the one before it is used.
@@ -20,7 +21,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,6 +34,7 @@ from safetensors.numpy import save as save_tensors
 from coordinator.aggregation import GlobalUpdate, ModuleUpdate, Sole
 from coordinator.atomic_folder import replacing
 from shared.adapters import FactoredDelta, HeldAdapters, LoraPair, ModuleAdapter
+from shared.classifier_weights import ClassifierTensors
 from shared.errors import StorageError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ Json: TypeAlias = Any
 
 FORMAT = 1
 _UPDATE, _SERVER, _OPTIMIZER = "update.safetensors", "server.safetensors", "optimizer.safetensors"
+_CLASSIFIER = "classifier.safetensors"
 _STATE, _MANIFEST = "state.json", "manifest.json"
 _FILES = (_UPDATE, _SERVER, _OPTIMIZER, _STATE)
 _NAME = re.compile(r"round-(\d{6,})")
@@ -53,7 +56,8 @@ class Checkpoint:
     """What the coordinator needs to go on after ``round`` aggregated rounds and ``step`` steps.
 
     ``update`` and ``server`` belong to the start of the next round, after its hand-back.
-    ``optimizer``: arrays by name. ``state``: plan, tallies and so on, by name.
+    ``optimizer``: arrays by name. ``classifier``: its weights, empty where there is none.
+    ``state``: plan, tallies and so on, by name.
     """
 
     round: int
@@ -62,6 +66,7 @@ class Checkpoint:
     server: HeldAdapters
     optimizer: Mapping[str, npt.NDArray[Any]]
     state: Mapping[str, Json]
+    classifier: ClassifierTensors = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -88,6 +93,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         _OPTIMIZER: _save_tensors(checkpoint.optimizer),
         _STATE: _to_json(state),
     }
+    if checkpoint.classifier:
+        contents[_CLASSIFIER] = _save_tensors(checkpoint.classifier)
     contents[_MANIFEST] = _to_json({name: _sha256(data) for name, data in contents.items()})
     with replacing(target) as fresh:
         for name, data in contents.items():
@@ -104,7 +111,8 @@ def load(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
-        contents = {name: (path / name).read_bytes() for name in _FILES}
+        files = (*_FILES, _CLASSIFIER) if _CLASSIFIER in manifest else _FILES
+        contents = {name: (path / name).read_bytes() for name in files}
         damaged = [name for name, data in contents.items() if manifest[name] != _sha256(data)]
         if damaged:
             raise StorageError(f"checkpoint {path}: {', '.join(damaged)} is damaged")
@@ -142,6 +150,7 @@ def _decode(path: Path, contents: Mapping[str, bytes]) -> Checkpoint:
         server=_read_server(load_tensors(contents[_SERVER])),
         optimizer=load_tensors(contents[_OPTIMIZER]),
         state=state["state"],
+        classifier=load_tensors(contents[_CLASSIFIER]) if _CLASSIFIER in contents else {},
     )
 
 

@@ -310,6 +310,7 @@ class Coordinator:
             member.waiting,
             handed,
             member.device_id,
+            classifier=self._model.classifier_for(member.device_id),
             first_step=first_step,
             steps=steps,
             first_sequence=self._fleet.position(member, first_step),
@@ -322,11 +323,10 @@ class Coordinator:
         self.members.answer(member, start)
 
     def _work(self) -> bool:
-        did = False if self._driver is None else self._driver.work()
+        did = self._driver is not None and self._driver.work()
         if isinstance(did, Failed):
             self._refuse(did.member, did.job, did.error)
-            return True
-        return did
+        return bool(did)
 
     def _close_round_if_over(self) -> None:
         driver = self._driver

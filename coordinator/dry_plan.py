@@ -36,7 +36,7 @@ def plan(
         PlanError: nobody can take part.
     """
     model = find_model(settings.model.name, revision=settings.model.revision)
-    architecture = ModelArchitecture.from_config(read_texts(model).config)
+    architecture = ModelArchitecture.from_config(read_texts(model).config, settings.training)
     architecture.check_max_length(settings.training.max_length)
     read = {path: _read(path, architecture, settings) for path in profiles}
     _check_devices(read)

@@ -269,7 +269,8 @@ class Exchange:
     def _evaluate(self, member: Member, job: Activations) -> Done:
         result = self._trainer.evaluate(member.device_id, _input(member, job))
         if isinstance(result, LossResult):
-            return Done(member, EvaluatedLoss(call=job.call, loss_sum=result.loss_sum))
+            loss_sum, counts = result.loss_sum, result.counts
+            return Done(member, EvaluatedLoss(call=job.call, loss_sum=loss_sum, counts=counts))
         return Done(member, Hidden(call=job.call, hidden=result.hidden))
 
     def _train_or_probe(self, member: Member, job: Activations) -> Done:

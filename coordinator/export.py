@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -25,6 +28,7 @@ from transformers import (
 
 from coordinator.aggregation import GlobalUpdate
 from coordinator.atomic_folder import replacing
+from coordinator.classifier import TrainedClassifier
 from coordinator.factoring import split_evenly
 from coordinator.model_card import ModelCard, render
 from shared.adapters import AdapterState, LoraPair
@@ -34,13 +38,20 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def export_adapter(
-    update: GlobalUpdate, base: str, folder: Path, *, card: ModelCard, revision: str | None = None
+    update: GlobalUpdate,
+    base: str,
+    folder: Path,
+    *,
+    card: ModelCard,
+    revision: str | None = None,
+    classifier: TrainedClassifier | None = None,
 ) -> Path:
     """Write ``update`` as a PEFT folder at ``folder``, replacing what was there; return it.
 
-    ``base``: the Hugging Face name or folder of the base model. Each module gets its own rank;
-    every scaling is 1. PEFT itself names and sizes the tensors (on a model without weights), so
-    that a folder which it could not open is not written.
+    ``base``: the Hugging Face name or folder of the base model; ``classifier``: what was trained
+    in full beside it. Each module gets its own rank; every scaling is 1. PEFT itself names and
+    sizes the tensors (on a model without weights), so that a folder which it could not open is
+    not written.
 
     Raises:
         ModelError: the base cannot be found, or has no such modules or shapes.
@@ -48,10 +59,14 @@ def export_adapter(
         StorageError: the disk is full or the folder cannot be written.
     """
     pairs = _pairs(update)
-    model_config = _base_config(base, revision)
+    task = _Exported.of(None if classifier is None else classifier.classes)
+    model_config = _base_config(base, revision, task)
     lora = _lora_config(pairs, base, revision=revision, model_type=model_config.model_type)
     tensors = _tensors(pairs)
-    _check_with_peft(tensors, lora=lora, model_config=model_config)
+    if classifier is not None:
+        lora.task_type, lora.modules_to_save = "SEQ_CLS", [classifier.module]
+        tensors |= _classifier_tensors(classifier)
+    _check_with_peft(tensors, lora=lora, model_config=model_config, auto_class=task.auto_class)
     with replacing(folder) as fresh:
         lora.save_pretrained(str(fresh))
         save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
@@ -60,17 +75,28 @@ def export_adapter(
     return folder
 
 
-def export_merged(adapter: Path, base: str, folder: Path, *, revision: str | None = None) -> Path:
+def export_merged(
+    adapter: Path,
+    base: str,
+    folder: Path,
+    *,
+    revision: str | None = None,
+    classes: Sequence[str] | None = None,
+) -> Path:
     """Write base + adapter as a full model at ``folder``, with its tokenizer; return it.
 
-    Merged in float32 and stored in the base's own dtype.
+    ``classes``: of a classifier, whose weights are in ``adapter``. Merged in float32 and stored
+    in the base's own dtype.
 
     Raises:
         ModelError: the base cannot be found.
         StorageError: the disk is full or the folder cannot be written.
     """
-    config = _base_config(base, revision)
-    plain = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
+    task = _Exported.of(classes)
+    config = _base_config(base, revision, task)
+    plain = task.auto_class.from_pretrained(
+        base, revision=revision, dtype=torch.float32, **task.config_changes
+    )
     with _without_their_quarrel():
         merged = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()
     merged = merged.to(config.dtype or torch.float32)
@@ -79,6 +105,23 @@ def export_merged(adapter: Path, base: str, folder: Path, *, revision: str | Non
         if _has_tokenizer(base):
             AutoTokenizer.from_pretrained(base, revision=revision).save_pretrained(fresh)
     return folder
+
+
+@dataclass(frozen=True, slots=True)
+class _Exported:
+    """As which kind of Hugging Face model a base is opened, and what its config then says."""
+
+    auto_class: Any
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, classes: Sequence[str] | None) -> _Exported:
+        """Return it for a classifier with these classes; None: for a model that writes."""
+        if classes is None:
+            return cls(AutoModelForCausalLM)
+        names = dict(enumerate(classes))
+        numbers = {name: number for number, name in names.items()}
+        return cls(AutoModelForSequenceClassification, {"id2label": names, "label2id": numbers})
 
 
 def _pairs(update: GlobalUpdate) -> AdapterState:
@@ -130,12 +173,23 @@ def _tensors(pairs: AdapterState) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _classifier_tensors(classifier: TrainedClassifier) -> dict[str, torch.Tensor]:
+    return {
+        f"base_model.model.{name}": torch.from_numpy(np.array(weight, dtype=np.float32))
+        for name, weight in classifier.weights.items()
+    }
+
+
 def _check_with_peft(
-    tensors: Mapping[str, torch.Tensor], *, lora: LoraConfig, model_config: PretrainedConfig
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    lora: LoraConfig,
+    model_config: PretrainedConfig,
+    auto_class: Any,
 ) -> None:
     try:
         with torch.device("meta"), _without_their_quarrel():
-            plain: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
+            plain: PreTrainedModel = auto_class.from_config(model_config)
             skeleton = get_peft_model(plain, lora)
     except ValueError as error:
         raise ModelError(f"the base model does not take this adapter: {error}") from error
@@ -157,9 +211,10 @@ def _without_their_quarrel() -> Iterator[None]:
         yield
 
 
-def _base_config(base: str, revision: str | None) -> PretrainedConfig:
+def _base_config(base: str, revision: str | None, task: _Exported) -> PretrainedConfig:
+    changes = task.config_changes
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(base, revision=revision)
+        config: PretrainedConfig = AutoConfig.from_pretrained(base, revision=revision, **changes)
     except (OSError, ValueError) as error:
         raise ModelError(f"base model {base!r} cannot be loaded: {error}") from error
     return config

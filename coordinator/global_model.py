@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from coordinator import classifier
 from coordinator.aggregation import (
     SERVER,
     Aggregated,
@@ -21,6 +22,7 @@ from coordinator.aggregation import (
     initial,
 )
 from coordinator.checkpoints import Checkpoint
+from coordinator.classifier import GlobalClassifier
 from coordinator.handback import HandBack, Holder, carry_on, hand_back
 from coordinator.model_store import ModelStore
 from coordinator.planning.planner import adaptable_shapes
@@ -30,6 +32,8 @@ from coordinator.server_training import ServerTrainer
 from coordinator.settings import CoordinatorSettings
 from shared.adapters import FactoredDelta, HeldAdapters, ModuleAdapter
 from shared.architecture import ModelArchitecture
+from shared.classifier_weights import ClassifierTensors
+from shared.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,7 @@ class _Boundary:
 
     held: HeldAdapters
     optimizer: Mapping[str, Any]
+    classifier: ClassifierTensors
 
 
 class GlobalModel:
@@ -56,17 +61,32 @@ class GlobalModel:
         self._architecture = architecture
         self._mode = settings.aggregation.hand_back
         self._deltas: Mapping[str, FactoredDelta] | None = None
-        self._boundary = _Boundary({}, {})
+        self._boundary = _Boundary({}, {}, {})
         self._server_is_fresh = True
         self._server_held: HeldAdapters = {}
         self._resumed: _Boundary | None = None
         self.update: GlobalUpdate = initial(adaptable_shapes(settings.lora, architecture))
+        self.classifier = classifier.initial(architecture, seed=settings.training.seed)
         self.trainer: ServerTrainer | None = None
+        self._devices: Sequence[Holder] = ()
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint.
+
+        Raises:
+            ConfigError: its classifier is of another task, or of other classes.
+        """
+        found = {name: weight.shape for name, weight in checkpoint.classifier.items()}
+        if found != self._architecture.classifier_shapes():
+            raise ConfigError(
+                "the checkpoint is of a run with another training.task, or another number of "
+                "training.classes: put these back, or choose another run.id"
+            )
         self.update = checkpoint.update
-        self._resumed = _Boundary(checkpoint.server, checkpoint.optimizer)
+        self.classifier = GlobalClassifier(weights=checkpoint.classifier)
+        self._resumed = _Boundary(
+            checkpoint.server, checkpoint.optimizer, self._servers_own(checkpoint.classifier)
+        )
 
     def checkpoint(self, *, round_: int, step: int, state: Mapping[str, Any]) -> Checkpoint:
         """Return what `resume` needs to start round ``round_`` + 1 again."""
@@ -76,6 +96,7 @@ class GlobalModel:
             update=self.update,
             server=self._boundary.held,
             optimizer=self._boundary.optimizer,
+            classifier=self.classifier.weights,
             state={**state, STATE_BASE: self._store.fingerprint},
         )
 
@@ -89,10 +110,10 @@ class GlobalModel:
         first_block = self._first_block(members)
         if first_block is not None:
             self._provide_trainer(first_block)
-        holders = [_device_holder(member) for member in members]
+        self._devices = holders = [_device_holder(member) for member in members]
         if self.trainer is not None:
             blocks = range(self.trainer.first_block, self._architecture.block_count)
-            holders.append(self._server_holder(blocks, *server_ranks(blocks)))
+            holders = [*holders, self._server_holder(blocks, *server_ranks(blocks))]
         handed = hand_back(
             self.update,
             holders,
@@ -107,8 +128,28 @@ class GlobalModel:
             self._hand_to_server(self.trainer, handed)
         return handed
 
-    def finish_round(self, contributions: Sequence[Contribution]) -> Aggregated:
-        """Aggregate what the round brought into the global update."""
+    @property
+    def class_count(self) -> int:
+        """Classes that the run tells apart; 0: it learns to write."""
+        return self._architecture.class_count
+
+    @property
+    def classifier_of_devices(self) -> GlobalClassifier:
+        """What each device has of the classifier at the start of a round; empty: nothing."""
+        on_devices = self._settings.training.labels == "device"
+        return self.classifier if on_devices else GlobalClassifier()
+
+    def classifier_for(self, device: str) -> ClassifierTensors:
+        """Return what a device of the round that was started must be sent of the classifier."""
+        return classifier.handed_to(device, self.classifier_of_devices, self._devices)
+
+    def finish_round(
+        self,
+        contributions: Sequence[Contribution],
+        *,
+        classifiers: Mapping[str, ClassifierTensors],
+    ) -> Aggregated:
+        """Aggregate what the round brought into the global update, and the devices' classifiers."""
         aggregated = aggregate(
             self.update,
             contributions,
@@ -117,8 +158,11 @@ class GlobalModel:
             tolerance=self._settings.aggregation.tolerance,
         )
         self.update, self._deltas = aggregated.update, aggregated.deltas
+        self.classifier = classifier.averaged(self.classifier, contributions, classifiers)
         if self.trainer is not None:
             self._boundary = self._snapshot(self.trainer)
+            if self._boundary.classifier:
+                self.classifier = GlobalClassifier(weights=self._boundary.classifier)
         return aggregated
 
     def void_round(self) -> None:
@@ -154,6 +198,7 @@ class GlobalModel:
             optimizer=self._settings.optimizer,
             device=None if self._settings.device == "auto" else self._settings.device,
         )
+        self.trainer.set_classifier(self._servers_own(self.classifier.weights))
         held = self._architecture.block_count - first_block
         logger.info("the server holds the last %d of %d blocks", held, held + first_block)
         # What `merge` folded into the base is gone with the old trainer: all of it comes anew.
@@ -171,15 +216,24 @@ class GlobalModel:
             replaced = {module: ModuleAdapter(one.trainable) for module, one in replaced.items()}
         self._server_held = carry_on(before, trained=trained, replaced=replaced)
         self._server_is_fresh = False
-        self._boundary = _Boundary(self._server_held, trainer.optimizer_state())
+        self._boundary = self._as_it_is(trainer, self._server_held)
 
     def _snapshot(self, trainer: ServerTrainer) -> _Boundary:
         held = carry_on(self._server_held, trained=trainer.adapters(), replaced={})
-        return _Boundary(held, trainer.optimizer_state())
+        return self._as_it_is(trainer, held)
+
+    @staticmethod
+    def _as_it_is(trainer: ServerTrainer, held: HeldAdapters) -> _Boundary:
+        return _Boundary(held, trainer.optimizer_state(), trainer.classifier())
+
+    def _servers_own(self, weights: ClassifierTensors) -> ClassifierTensors:
+        """Return the weights of a classifier as far as the server has one."""
+        return weights if self._settings.training.labels == "server" else {}
 
     def _put_back(self, trainer: ServerTrainer, boundary: _Boundary) -> None:
         self._server_held = boundary.held
         trainer.set_adapters(boundary.held, fold=False)
+        trainer.set_classifier(boundary.classifier)
         trainer.restore_optimizer(boundary.optimizer)
 
     def _server_holder(

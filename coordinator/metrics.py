@@ -99,8 +99,9 @@ class DeviceSummary:
 class Summary:
     """What a run did: the contents of ``summary.json``.
 
-    Perplexities are of the held-out text of all devices; None where there was none. Bytes are
-    payload over the broker, ``up`` from the devices, ``down`` to them.
+    Perplexities are of the held-out text of all devices, and where the run classifies the scores
+    of `coordinator.scores` take their place; None where there is none. Bytes are payload over the
+    broker, ``up`` from the devices, ``down`` to them.
     """
 
     perplexity_before: float | None
@@ -110,6 +111,10 @@ class Summary:
     bytes_up: int
     bytes_down: int
     devices: Mapping[DeviceId, DeviceSummary]
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    f1_before: float | None = None
+    f1_after: float | None = None
 
     def save(self, run_folder: Path) -> Path:
         """Write ``summary.json`` whole or not at all, and return its path.

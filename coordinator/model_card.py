@@ -18,9 +18,20 @@ base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```"""
 
+_CLASSIFIER_CODE = """```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={count})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+
+The classes are, from 0 on: {classes}. In batches a decoder also needs `pad_token_id` in its
+config: a token that ends no text, for Hugging Face looks for the last that is another one."""
+
 _LABELS = {
     "device": "so did its labels",
-    "server": "its labels, which are its token ids, went to the server",
+    "server": "its labels, {what}, went to the server",
 }
 
 _HAND_BACK = {
@@ -53,11 +64,13 @@ class ModelCard:
     base_licence: str | None = None
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    classes: Sequence[str] = ()
 
 
 def render(card: ModelCard, *, largest_rank: int) -> str:
     """Return the card as Markdown with Hugging Face's YAML header."""
     before, after = _number(card.perplexity_before), _number(card.perplexity_after)
+    what = "the classes of its texts" if card.classes else "which are its token ids"
     licence = card.base_licence or "not known: look it up before you share this adapter"
     return "\n".join(
         (
@@ -69,7 +82,7 @@ def render(card: ModelCard, *, largest_rank: int) -> str:
             "",
             f"Fine-tuned from **{card.base_model}** (licence: {licence}) with hsplit: split",
             "learning with LoRA on unequal devices (HSplitLoRA, arXiv:2505.02795). The text",
-            f"stayed on the devices, and {_LABELS[card.labels]}.",
+            f"stayed on the devices, and {_LABELS[card.labels].format(what=what)}.",
             "",
             f"* {card.rounds} rounds, {card.steps} steps; exact factored aggregation,",
             f"  {_HAND_BACK[card.hand_back]}",
@@ -79,10 +92,17 @@ def render(card: ModelCard, *, largest_rank: int) -> str:
             "",
             *_table(card.devices),
             "",
-            _CODE.format(base=card.base_model),
+            _code(card),
             "",
         )
     )
+
+
+def _code(card: ModelCard) -> str:
+    if not card.classes:
+        return _CODE.format(base=card.base_model)
+    classes = ", ".join(card.classes)
+    return _CLASSIFIER_CODE.format(base=card.base_model, count=len(card.classes), classes=classes)
 
 
 def _header(card: ModelCard) -> dict[str, Any]:
@@ -90,7 +110,7 @@ def _header(card: ModelCard) -> dict[str, Any]:
     if card.base_licence:
         header["license"] = card.base_licence
     header["library_name"] = "peft"
-    header["pipeline_tag"] = "text-generation"
+    header["pipeline_tag"] = "text-classification" if card.classes else "text-generation"
     header["tags"] = ["lora", "hsplit", "split-learning", "federated-learning", "peft"]
     return header
 

@@ -19,6 +19,7 @@ from coordinator.piece_cutting import PieceContent, cut, remembered_pieces
 from shared.architecture import ModelArchitecture
 from shared.errors import ProtocolError
 from shared.protocol.messages import ModelDescription
+from shared.terms import TrainingChoices
 from shared.weight_files import StoredTensor, open_tensors, weight_files
 
 _DTYPES = {
@@ -35,10 +36,17 @@ class ModelStore:
     One thread only. What is served is as stored: no dtype is changed.
     """
 
-    def __init__(self, folder: ModelFolder, *, cache_folder: Path) -> None:
+    def __init__(
+        self,
+        folder: ModelFolder,
+        *,
+        cache_folder: Path,
+        training: TrainingChoices | None = None,
+    ) -> None:
         """Read a model's texts, find its tensors, and hash its pieces unless that is known.
 
         ``cache_folder`` keeps the hashes, by the identity of the checkpoint's files.
+        ``training``: the run's task, see `ModelArchitecture.from_config`.
 
         Raises:
             ModelError: unsupported architecture, missing or damaged files, or weights that do
@@ -46,7 +54,7 @@ class ModelStore:
         """
         self.folder = folder
         self._texts = read_texts(folder)
-        self.architecture = ModelArchitecture.from_config(self._texts.config)
+        self.architecture = ModelArchitecture.from_config(self._texts.config, training)
         files = weight_files(folder.path)
         tokenizer = tokenizer_file(folder)
         self._held = cut(open_tensors(files), self.architecture, config=self.config)
@@ -63,14 +71,20 @@ class ModelStore:
 
     @classmethod
     def open(
-        cls, name_or_path: str, *, revision: str | None = None, cache_folder: Path
+        cls,
+        name_or_path: str,
+        *,
+        revision: str | None = None,
+        cache_folder: Path,
+        training: TrainingChoices | None = None,
     ) -> ModelStore:
         """Return the store of a model, by folder or by hub name.
 
         Raises:
             ModelError: as `find_model` and the constructor.
         """
-        return cls(find_model(name_or_path, revision=revision), cache_folder=cache_folder)
+        found = find_model(name_or_path, revision=revision)
+        return cls(found, cache_folder=cache_folder, training=training)
 
     @property
     def config(self) -> Mapping[str, Any]:

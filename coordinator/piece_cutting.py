@@ -2,7 +2,7 @@
 
 Checkpoints differ in what they call a tensor (GPT-2's on the hub lack ``transformer.``) and in
 what else they store (masks, rotary tables, the tied output projection a second time). Pieces
-hold exactly the parameters of the Hugging Face causal language model, under its names.
+hold exactly the parameters of the Hugging Face model of the run's task, under its names.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
-import transformers
 
 from shared.architecture import ModelArchitecture
 from shared.atomic import replace_file
 from shared.errors import ModelError, StorageError
+from shared.modeling.skeleton import empty_model
 from shared.protocol.messages import Piece
 from shared.weight_files import ITEM_BYTES, StoredTensor, header, in_file_order
 
@@ -124,10 +123,7 @@ def _shapes(
     architecture: ModelArchitecture, config: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all parameters that pieces hold; nothing is allocated."""
-    family = architecture.family
-    parsed = transformers.CONFIG_MAPPING[family.model_type].from_dict(dict(config))
-    with torch.device("meta"):
-        model: torch.nn.Module = getattr(transformers, family.causal_lm)(parsed)
+    model = empty_model(config, architecture)
     return {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -140,7 +136,8 @@ def _check(named: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
     if missing:
         raise ModelError(
             f"the checkpoint lacks {len(missing)} tensors that its config.json asks for (such as "
-            f"{missing[0]}); it is incomplete, or of a model without a language-modelling head"
+            f"{missing[0]}); it is incomplete, or of a model without what the task needs: a "
+            "language-modelling head, or a pooler"
         )
     for name, shape in shapes.items():
         tensor = named[name]
@@ -159,7 +156,7 @@ def _check(named: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
 def _check_tied(named: Tensors, architecture: ModelArchitecture) -> None:
     family = architecture.family
     head = named.get(f"{family.head}.weight")
-    if not architecture.tied_embeddings or head is None:
+    if not architecture.tied_embeddings or architecture.classifies or head is None:
         return
     embedding = named[f"{family.token_embedding}.weight"]
     if not np.array_equal(

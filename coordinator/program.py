@@ -12,6 +12,7 @@ import torch
 
 from coordinator import checkpoints, report_page, run_folder
 from coordinator.checkpoints import Checkpoint
+from coordinator.classifier import TrainedClassifier
 from coordinator.coordinator import RUN_COMPLETE, Coordinator
 from coordinator.embedded_broker import EmbeddedBroker
 from coordinator.export import export_adapter, export_merged
@@ -28,6 +29,7 @@ from coordinator.server_measuring import ServerWork, measure_server
 from coordinator.settings import CoordinatorSettings
 from shared import health, logs
 from shared.architecture import ModelArchitecture
+from shared.classifier_weights import ClassifierTensors
 from shared.clock import Clock
 from shared.config import BrokerSettings, base_folder
 from shared.errors import HsplitError, StorageError
@@ -120,10 +122,16 @@ def export(folder: Path, target: Path | None, *, merged: bool) -> Path:
     )
     name, revision = settings.model.name, settings.model.revision
     adapter = target if target is not None and not merged else folder / ADAPTER
-    export_adapter(checkpoint.update, name, adapter, card=card, revision=revision)
+    classifier = _classifier(settings, checkpoint.classifier)
+    export_adapter(
+        checkpoint.update, name, adapter, card=card, revision=revision, classifier=classifier
+    )
     if not merged:
         return adapter
-    return export_merged(adapter, name, target or folder / MERGED, revision=revision)
+    classes = settings.training.classes or None
+    return export_merged(
+        adapter, name, target or folder / MERGED, revision=revision, classes=classes
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +150,7 @@ def _prepared(settings: CoordinatorSettings, *, resume: bool) -> _Start:
         settings.model.name,
         revision=settings.model.revision,
         cache_folder=base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "pieces",
+        training=settings.training,
     )
     settings = _with_resolved_model(settings, store)
     architecture = _checked_architecture(settings, store)
@@ -184,9 +193,14 @@ def _with_resolved_model(settings: CoordinatorSettings, store: ModelStore) -> Co
 
 def _warn_of_labels(settings: CoordinatorSettings) -> None:
     if settings.training.labels == "server":
+        classifies = settings.training.task == "classification"
+        what = (
+            "classes of their texts" if classifies else "tokens to predict, which are their text,"
+        )
         logger.warning(
-            "labels: server: the devices send the tokens to predict, which are their text, to "
-            "this coordinator; labels: device keeps them at home"
+            "labels: server: the devices send the %s to this coordinator; labels: device keeps "
+            "them at home",
+            what,
         )
 
 
@@ -200,7 +214,7 @@ def _link(
 
 
 def _checked_architecture(settings: CoordinatorSettings, store: ModelStore) -> ModelArchitecture:
-    architecture = ModelArchitecture.from_config(store.config)
+    architecture = ModelArchitecture.from_config(store.config, settings.training)
     architecture.check_max_length(settings.training.max_length)
     adaptable_shapes(settings.lora, architecture)
     architecture.target_modules(settings.lora, blocks=range(architecture.block_count))
@@ -273,10 +287,21 @@ def _export(settings: CoordinatorSettings, model: GlobalModel, summary: Summary)
     )
     folder = settings.run_folder
     name, revision = settings.model.name, settings.model.revision
-    export_adapter(model.update, name, folder / ADAPTER, card=card, revision=revision)
+    classifier = _classifier(settings, model.classifier.weights)
+    export_adapter(
+        model.update, name, folder / ADAPTER, card=card, revision=revision, classifier=classifier
+    )
     if settings.export.merged:
-        export_merged(folder / ADAPTER, name, folder / MERGED, revision=revision)
+        classes = settings.training.classes or None
+        export_merged(folder / ADAPTER, name, folder / MERGED, revision=revision, classes=classes)
     logger.info("adapter: %s, summary: %s", folder / ADAPTER, folder / SUMMARY_FILE)
+
+
+def _classifier(
+    settings: CoordinatorSettings, weights: ClassifierTensors
+) -> TrainedClassifier | None:
+    classes = settings.training.classes
+    return TrainedClassifier(classes=classes, weights=weights) if weights else None
 
 
 def _card_device(name: str, one: DeviceSummary, target_tokens: int) -> CardDevice:
@@ -307,4 +332,5 @@ def _card(
         devices=devices,
         perplexity_before=before,
         perplexity_after=after,
+        classes=settings.training.classes,
     )

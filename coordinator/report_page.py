@@ -101,17 +101,20 @@ def _times(run: RunRecords) -> tuple[float | None, float | None]:
 def _headline(run: RunRecords) -> list[tuple[str, str]]:
     """Return the figures that stand first, each with its name."""
     began_s, ended_s = _times(run)
-    perplexity = [point.value for point in run.series("eval/perplexity")]
+    measure = derived.held_out_measure(run)
+    held_out = [point.value for point in run.series(f"eval/{measure}")]
     medians = [point.value for point in derived.step_medians(run)]
     traffic = [run.series(f"traffic/bytes_{way}") for way in ("up", "down")]
-    before = run.summary.perplexity_before if run.summary else next(iter(perplexity), None)
-    after = run.summary.perplexity_after if run.summary else next(reversed(perplexity), None)
+    before, after = next(iter(held_out), None), next(reversed(held_out), None)
+    if run.summary:
+        before = getattr(run.summary, f"{measure}_before")
+        after = getattr(run.summary, f"{measure}_after")
     elapsed_s = 0.0 if began_s is None or ended_s is None else ended_s - began_s
     up, down = (points[-1].value if points else None for points in traffic)
     if run.summary:
         up, down, elapsed_s = run.summary.bytes_up, run.summary.bytes_down, run.summary.seconds
     return [
-        ("held-out perplexity", f"{wording.number(before)} → {wording.number(after)}"),
+        (f"held-out {measure}", f"{wording.number(before)} → {wording.number(after)}"),
         ("optimizer steps", _steps(run)),
         ("time", wording.seconds(elapsed_s)),
         ("seconds a step", wording.number(statistics.median(medians) if medians else None)),

@@ -19,6 +19,8 @@ from coordinator.journal import Journal
 from coordinator.metrics import DeviceSummary, MetricsWriter, Summary
 from coordinator.planning.device_plan import DevicePlan, ranks_in_short
 from coordinator.planning.planner import FleetPlan
+from coordinator.scores import Scores, scores_of
+from shared.class_counts import total
 from shared.clock import Clock
 from shared.protocol.messages import DeviceId, EvaluationResult, RoundResult
 from shared.protocol.profile import Telemetry
@@ -51,13 +53,18 @@ class Tallies:
     bytes_down: int = 0
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    f1_before: float | None = None
+    f1_after: float | None = None
     target_tokens: dict[str, int] = field(default_factory=dict)
     plans: dict[str, DeviceSummary] = field(default_factory=dict)
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Tallies:
         """Return the tallies that `Reporter.state` put into a checkpoint."""
-        known = {field.name: state[field.name] for field in fields(cls)}
+        # A checkpoint may be older than a field that has a default.
+        known = {one.name: state[one.name] for one in fields(cls) if one.name in state}
         plans = {device: DeviceSummary(**plan) for device, plan in state["plans"].items()}
         return cls(**{**known, "plans": plans})
 
@@ -188,37 +195,58 @@ class Reporter:
         self._evaluations[device] = result
 
     def evaluation_closed(self, round_: int, step: int) -> None:
-        """Write the perplexity of the state that round ``round_`` starts from."""
+        """Write how good the state is that round ``round_`` starts from, on all held-out data."""
         if not any(result.target_tokens for result in self._evaluations.values()):
             return
         mean = _Mean()
-        values: dict[str, float] = {}
-        for device, result in self._evaluations.items():
+        for result in self._evaluations.values():
             mean.add(result.loss_sum, result.target_tokens)
-            if result.target_tokens:
-                own = result.loss_sum / result.target_tokens
-                values[f"device/{device}/perplexity"] = _perplexity(own)
-        perplexity = _perplexity(mean.value)
-        values |= {"eval/loss": mean.value, "eval/perplexity": perplexity}
+        counts = total(result.counts for result in self._evaluations.values())
+        scores = scores_of(counts)
+        values = {"eval/loss": mean.value}
+        if scores is None:
+            words = self._note_perplexity(_perplexity(mean.value), values, first=step == 0)
+        else:
+            words = self._note_scores(scores, values, first=step == 0)
         self._writer.write(values, round_=round_ - 1, step=step)
-        finite = perplexity if math.isfinite(perplexity) else None
-        if step == 0:
-            self.tallies.perplexity_before = finite
-        self.tallies.perplexity_after = finite
         logger.info(
-            "after %d of %d rounds, %d steps: %sheld-out perplexity %.2f (devices: %d)",
+            "after %d of %d rounds, %d steps: %sheld-out %s (devices: %d)",
             round_ - 1,
             self._of,
             step,
             self._round_line,
-            perplexity,
+            words,
             len(self._evaluations),
         )
         self._round_line = ""
 
+    def _note_perplexity(self, perplexity: float, values: dict[str, float], *, first: bool) -> str:
+        for device, result in self._evaluations.items():
+            if result.target_tokens:
+                own = result.loss_sum / result.target_tokens
+                values[f"device/{device}/perplexity"] = _perplexity(own)
+        values["eval/perplexity"] = perplexity
+        finite = perplexity if math.isfinite(perplexity) else None
+        if first:
+            self.tallies.perplexity_before = finite
+        self.tallies.perplexity_after = finite
+        return f"perplexity {perplexity:.2f}"
+
+    def _note_scores(self, scores: Scores, values: dict[str, float], *, first: bool) -> str:
+        for device, result in self._evaluations.items():
+            own = scores_of(result.counts)
+            if own is not None:
+                values[f"device/{device}/accuracy"] = own.accuracy
+        values |= scores.by_metric()
+        if first:
+            self.tallies.accuracy_before, self.tallies.f1_before = scores.accuracy, scores.f1
+        self.tallies.accuracy_after, self.tallies.f1_after = scores.accuracy, scores.f1
+        return f"accuracy {scores.accuracy:.1%}, F1 {scores.f1:.1%}"
+
     def not_evaluated(self) -> None:
         """Note that nobody evaluated the outcome of the run."""
         self.tallies.perplexity_after = None
+        self.tallies.accuracy_after = self.tallies.f1_after = None
 
     def round_closed(
         self,
@@ -299,6 +327,10 @@ class Reporter:
             bytes_up=tallies.bytes_up,
             bytes_down=tallies.bytes_down,
             devices=devices,
+            accuracy_before=tallies.accuracy_before,
+            accuracy_after=tallies.accuracy_after,
+            f1_before=tallies.f1_before,
+            f1_after=tallies.f1_after,
         )
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 
-from coordinator import importance
+from coordinator import classifier, importance
 from coordinator.aggregation import Aggregated, Contribution, block_of
 from coordinator.exchange import Exchange, ExchangeLimits, Failed, Job
 from coordinator.fleet import Observations
@@ -28,8 +28,11 @@ from coordinator.rounds import (
 )
 from coordinator.wire_adapters import from_wire
 from shared.adapters import AdapterState
+from shared.class_counts import check_counts
+from shared.classifier_weights import ClassifierTensors
 from shared.clock import Clock
 from shared.errors import NumericsError
+from shared.protocol import weights as classifier_weights
 from shared.protocol.messages import Accepted, DeviceId, EvaluationResult, RoundResult
 from shared.schedule import learning_rate
 from shared.terms import OptimizerTerms
@@ -76,6 +79,7 @@ class RoundDriver:
         self._server_busy_s = 0.0
         self._importance: dict[DeviceId, Mapping[str, Measured]] = {}
         self._adapters: dict[DeviceId, AdapterState] = {}
+        self._classifiers: dict[str, ClassifierTensors] = {}
         self._results: dict[DeviceId, RoundResult] = {}
 
     # --- what participants send ---------------------------------------------------------------
@@ -97,9 +101,12 @@ class RoundDriver:
 
         Raises:
             ProtocolError: it speaks of a module that is not in its front.
-            NumericsError: an importance is no number that can be.
+            NumericsError: an importance is no number that can be, or a classifier's choices
+                cannot be.
         """
         self._check(member, result.round)
+        classes = self._model.class_count
+        check_counts(result.counts, classes=classes, examples=result.target_tokens)
         blocks = self._holders[member.device_id].blocks
         here = {name for name in self._candidates if block_of(name) in blocks}
         # By device: one that evaluates twice is not heard twice.
@@ -111,17 +118,22 @@ class RoundDriver:
         self._advance(Evaluated(member.device_id))
 
     def delivered(self, member: Member, result: RoundResult) -> None:
-        """Take a participant's adapters.
+        """Take a participant's adapters, and its classifier where it has one.
 
         Raises:
-            NumericsError: an adapter is missing, misshapen or not finite.
+            NumericsError: an adapter, or a classifier's weight, is missing, misshapen or not
+                finite.
         """
         self._check(member, result.round)
         adapters = from_wire(result.adapters)
         holder = self._holders[member.device_id]
         check_adapters(adapters, holder=holder, update=self._model.update)
+        weights = classifier_weights.from_wire(result.classifier)
+        classifier.check(weights, like=self._model.classifier_of_devices)
         self._advance(Delivered(member.device_id, result.target_tokens))
         self._adapters[member.device_id] = adapters
+        if weights:
+            self._classifiers[member.device_id] = weights
         self._results[member.device_id] = result
 
     def lose(self, member: Member) -> None:
@@ -197,7 +209,10 @@ class RoundDriver:
     def aggregate(self) -> Aggregated:
         """Bring what was delivered into the global update, and report it."""
         contributions = self._contributions()
-        aggregated = self._model.finish_round(contributions)
+        aggregated = self._model.finish_round(
+            contributions,
+            classifiers=self._classifiers,
+        )
         self._reporter.round_closed(
             self.round.number,
             self.round.end_step,

@@ -80,7 +80,7 @@ class _Run:
     def __init__(self, work: ServerWork, clock: Clock, budget_s: float) -> None:
         self._work = replace(work, tensors=as_mapping(work.tensors))
         self._clock = clock
-        self._architecture = ModelArchitecture.from_config(work.config)
+        self._architecture = ModelArchitecture.from_config(work.config, work.training)
         self._head_is_here = work.training.labels == "server"
         self._torch_device = compute_device(work.device)
         self._memory = TorchMemory(self._torch_device)
@@ -207,7 +207,7 @@ class _Side:
     ) -> None:
         self._clock = clock
         self._training = replace(work.training, labels=labels)
-        self._architecture = ModelArchitecture.from_config(work.config)
+        self._architecture = ModelArchitecture.from_config(work.config, work.training)
         self._first = first
         self._trainer = ServerTrainer(
             work.config,
@@ -257,8 +257,7 @@ class _Side:
         self._trainer.drop(_DEVICE)
 
     def _sent(self, load: Load) -> MicroBatchInput:
-        words = self._architecture.vocab_size
-        labels_N = probe_loads.random_tokens(load.tokens, vocab_size=words, seed=SEED)
+        labels_N = probe_loads.random_labels(load, self._architecture, seed=SEED)
         return MicroBatchInput(
             split_layer=self._first,
             lengths=(load.length,) * load.sequences,

@@ -3,7 +3,7 @@
 They go through the back as in training, without dropout, and teach it nothing: no adapter, no
 gradient sum and no optimizer state is touched.
 
-Shape suffixes: N packed tokens, D hidden size.
+Shape suffixes: N packed tokens, M of them that the head reads, D hidden size.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Open:
     """A probe micro-batch that waits for the head's gradient."""
 
     watched: WatchedForward
-    hidden_ND: torch.Tensor
+    hidden_MD: torch.Tensor
     target_tokens: int
 
 
@@ -81,20 +81,20 @@ class ServerProbe:
         back = self._through.back
         back.adapters.dropout.begin(None)
         with watching(back.skeleton, self._modules, source=arrived.hidden_ND) as watched:
-            hidden_ND = self._through.run(arrived)
-        waiting = _Open(watched, hidden_ND, target_tokens)
-        if arrived.labels_N is None:
-            frame = self._through.frame(hidden_ND, what=f"hidden states of {name}")
+            hidden_MD = self._through.run(arrived)
+        waiting = _Open(watched, hidden_MD, target_tokens)
+        if arrived.labels_M is None:
+            frame = self._through.frame(hidden_MD, what=f"hidden states of {name}")
             self._open[device_id, key] = waiting
             return HiddenResult(frame)
-        loss, loss_sum = self._through.loss(hidden_ND, arrived.labels_N, name=name)
-        return GradientResult(self._backward(waiting, loss, None, name=name), loss_sum)
+        judged, loss_sum = self._through.judge(hidden_MD, arrived.labels_M, name=name)
+        return GradientResult(self._backward(waiting, judged.loss, None, name=name), loss_sum)
 
     @_explained
     def take_gradient(
         self, device_id: DeviceId, key: MicroBatchKey, gradient: TensorFrame
     ) -> TensorFrame:
-        """Take the head's gradient (N, D) of an open micro-batch; return that of what came in.
+        """Take the head's gradient (M, D) of an open micro-batch; return that of what came in.
 
         Raises:
             NumericsError: wrong shape or dtype, NaN or infinity; nothing was measured. The
@@ -105,9 +105,9 @@ class ServerProbe:
         waiting = self._open.get((device_id, key))
         if waiting is None:
             raise ProtocolError(f"{name} is not open: its activations never came or were dropped")
-        outer_ND = self._through.head_gradient(gradient, waiting.hidden_ND, name=name)
+        outer_ND = self._through.head_gradient(gradient, waiting.hidden_MD, name=name)
         del self._open[device_id, key]
-        return self._backward(waiting, waiting.hidden_ND, outer_ND, name=name)
+        return self._backward(waiting, waiting.hidden_MD, outer_ND, name=name)
 
     def drop(self, device_id: DeviceId) -> None:
         """Forget a device's open micro-batches; what its complete ones measured stays."""

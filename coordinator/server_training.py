@@ -4,7 +4,7 @@ Each device's gradients of the open step are summed apart, so that a lost device
 be dropped whole. Losses are sums over target tokens; closing a step adds up the shares of
 the devices that count, divides by their target tokens, and takes one optimizer step.
 
-Shape suffixes: N packed tokens, D hidden size.
+Shape suffixes: N packed tokens, M of them that the head reads, D hidden size.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from coordinator.back_pass import (
 )
 from coordinator.server_probe import ServerProbe
 from shared.adapters import AdapterState, HeldAdapters
+from shared.classifier_weights import ClassifierTensors
 from shared.errors import ProtocolError
 from shared.modeling.compute import compute_device, explained_out_of_memory
 from shared.modeling.lora import dropout_seed
@@ -49,7 +50,7 @@ class _Forward:
     """A micro-batch that went through the back: its graph runs from one tensor to the other."""
 
     received_ND: torch.Tensor
-    hidden_ND: torch.Tensor
+    hidden_MD: torch.Tensor
 
 
 class ServerTrainer:
@@ -91,7 +92,12 @@ class ServerTrainer:
         )
         head = training.labels == "server"
         self._back = build_back(
-            config, tensors, first_block=first_block, head=head, placement=placement
+            config,
+            tensors,
+            first_block=first_block,
+            head=head,
+            placement=placement,
+            training=training,
         )
         architecture = self._back.architecture
         architecture.check_max_length(training.max_length)
@@ -145,18 +151,19 @@ class ServerTrainer:
         )
         received_ND = arrived.hidden_ND.requires_grad_()
         forward = _Forward(received_ND, self._through.run(arrived))
-        if arrived.labels_N is None:
-            frame = self._through.frame(forward.hidden_ND, what=f"hidden states of {name}")
+        if arrived.labels_M is None:
+            frame = self._through.frame(forward.hidden_MD, what=f"hidden states of {name}")
             self._open[device_id, key] = forward
             return HiddenResult(frame)
-        loss, loss_sum = self._through.loss(forward.hidden_ND, arrived.labels_N, name=name)
-        return GradientResult(self._backward(device_id, forward, loss, None, name=name), loss_sum)
+        judged, loss_sum = self._through.judge(forward.hidden_MD, arrived.labels_M, name=name)
+        gradient = self._backward(device_id, forward, judged.loss, None, name=name)
+        return GradientResult(gradient, loss_sum)
 
     @_explained
     def train_gradient(
         self, device_id: DeviceId, key: MicroBatchKey, gradient: TensorFrame
     ) -> TensorFrame:
-        """Take the head's gradient (N, D) of an open micro-batch; return that of what came in.
+        """Take the head's gradient (M, D) of an open micro-batch; return that of what came in.
 
         The adapter's gradients are added to the device's share, and the micro-batch is closed.
 
@@ -169,9 +176,9 @@ class ServerTrainer:
         forward = self._open.get((device_id, key))
         if forward is None:
             raise ProtocolError(f"{name} is not open: its activations never came or were dropped")
-        outer_ND = self._through.head_gradient(gradient, forward.hidden_ND, name=name)
+        outer_ND = self._through.head_gradient(gradient, forward.hidden_MD, name=name)
         del self._open[device_id, key]
-        return self._backward(device_id, forward, forward.hidden_ND, outer_ND, name=name)
+        return self._backward(device_id, forward, forward.hidden_MD, outer_ND, name=name)
 
     @_explained
     def evaluate(self, device_id: DeviceId, sent: MicroBatchInput) -> HiddenResult | LossResult:
@@ -185,10 +192,11 @@ class ServerTrainer:
         arrived = self._through.read(sent, name=name)
         self._back.adapters.dropout.begin(None)
         with torch.no_grad():
-            hidden_ND = self._through.run(arrived)
-            if arrived.labels_N is None:
-                return HiddenResult(self._through.frame(hidden_ND, what=f"hidden states, {name}"))
-            return LossResult(self._through.loss(hidden_ND, arrived.labels_N, name=name)[1])
+            hidden_MD = self._through.run(arrived)
+            if arrived.labels_M is None:
+                return HiddenResult(self._through.frame(hidden_MD, what=f"hidden states, {name}"))
+            judged, loss_sum = self._through.judge(hidden_MD, arrived.labels_M, name=name)
+            return LossResult(loss_sum, judged.counts)
 
     @_explained
     def close_step(self, step: int, *, devices: Sequence[DeviceId], target_tokens: int) -> float:
@@ -235,7 +243,30 @@ class ServerTrainer:
         self._back.adapters.replace(adapters, fold=fold)
         self._forget_step()
         self.probe.take()
-        self._optimizer.follow(self._back.adapters.parameters())
+        self._optimizer.follow(self._back.trained())
+
+    @_explained
+    def set_classifier(self, weights: ClassifierTensors) -> None:
+        """Replace the classifier's weights and reset their optimizer moments.
+
+        Does nothing where there is none here and ``weights`` is empty. What is left of an open
+        step is forgotten.
+
+        Raises:
+            ProtocolError: there is no classifier here.
+            NumericsError: they are not of its names and shapes, or not finite; nothing changed.
+        """
+        if self._back.head is None:
+            if weights:
+                raise ProtocolError("weights of a classifier, but the head is on the devices")
+            return
+        self._back.head.replace(weights)
+        self._forget_step()
+        self._optimizer.follow(self._back.trained())
+
+    def classifier(self) -> ClassifierTensors:
+        """Return copies of the classifier's weights, float32; none where there is none here."""
+        return {} if self._back.head is None else self._back.head.tensors()
 
     def adapters(self) -> AdapterState:
         """Return copies of the trainable pairs, float32, by full module path."""
@@ -262,9 +293,8 @@ class ServerTrainer:
         *,
         name: str,
     ) -> TensorFrame:
-        """Add the adapter's gradients to the device's share; return that of what came in."""
-        factors = self._back.adapters.parameters().values()
-        parameters = [parameter for pair in factors for parameter in pair]
+        """Add the gradients of what is trained to the device's share; return that of what came."""
+        parameters = [one for trained in self._back.trained().values() for one in trained]
         received, *gradients = torch.autograd.grad(
             output, [forward.received_ND, *parameters], outer, allow_unused=True
         )

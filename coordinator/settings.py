@@ -248,6 +248,18 @@ class CoordinatorSettings(HsplitSettings):
             _check_pattern(pattern)
         return lora
 
+    @field_validator("training")
+    @classmethod
+    def _check_classes(cls, training: TrainingChoices) -> TrainingChoices:
+        classes = training.classes
+        if training.task == "classification" and len(classes) < 2:
+            raise ValueError("task: classification takes two classes at least: name them, classes")
+        if training.task != "classification" and classes:
+            raise ValueError("classes are for task: classification: add that, or remove them")
+        if len({name.strip() for name in classes if name.strip()}) != len(classes):
+            raise ValueError("classes must have names, each another one")
+        return training
+
     @model_validator(mode="after")
     def _check_together(self) -> CoordinatorSettings:
         if self.optimizer.warmup_steps >= self.total_steps:

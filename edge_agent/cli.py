@@ -24,7 +24,7 @@ _SETTINGS: _Flags = {
     "--password-file": ("broker.password_file", "FILE", "holds the password (or set the variable)"),
     "--ca-file": ("broker.ca_file", "FILE", "certificate authority of the broker"),
     "--device-id": ("device_id", "ID", "this device's name, its own at the coordinator"),
-    "--data": ("data", "FILE", "JSON lines: text, or prompt and completion, or messages"),
+    "--data": ("data", "FILE", "JSON lines: text (and label), prompt and completion, or messages"),
     "--evaluation-data": ("evaluation_data", "FILE", "held-out text (default: a share of --data)"),
     "--evaluation-fraction": ("evaluation_fraction", "SHARE", "share of --data that is held out"),
     "--cache-folder": ("cache_folder", "FOLDER", "keeps the base model's weights"),

@@ -1,6 +1,7 @@
 """A device's tokenised sequences, and which of them make up each step.
 
-A sequence of T + 1 tokens is trained as input = tokens[:-1] and labels = tokens[1:], both (T,).
+To learn to write, a sequence of T + 1 tokens is input = tokens[:-1] and labels = tokens[1:],
+both (T,). To learn to classify, all T tokens are input, and the one label is the class.
 
 Shape suffixes: M all input tokens of all sequences, N those of one micro-batch, S sequences.
 """
@@ -31,23 +32,32 @@ class Sequences:
     """Tokenised records, packed without padding.
 
     ``input_ids_M`` and ``labels_M`` int32 (`NO_TARGET` where nothing is to be learnt);
-    sequence i is [starts[i], starts[i + 1]) of both, ``starts`` (S + 1,) int64.
+    sequence i is [starts[i], starts[i + 1]) of both, ``starts`` (S + 1,) int64. ``token_types_M``
+    int32: as in `TokenBatch`.
     """
 
     input_ids_M: IntArray
     labels_M: IntArray
     starts: npt.NDArray[np.int64]
+    token_types_M: IntArray | None = None
 
     @classmethod
     def join(
-        cls, parts: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]]
+        cls,
+        parts: Sequence[tuple[IntArray, IntArray]],
+        *,
+        token_types: Sequence[IntArray] | None = None,
     ) -> Sequences:
-        """Return sequences from one (input_ids (T,), labels (T,)) pair each; at least one pair."""
+        """Return sequences from one (input_ids (T,), labels (T,)) pair each; at least one pair.
+
+        ``token_types``: one (T,) each; None: all 0.
+        """
         lengths = [len(ids) for ids, _ in parts]
         return cls(
             input_ids_M=np.concatenate([ids for ids, _ in parts]),
             labels_M=np.concatenate([labels for _, labels in parts]),
             starts=np.cumsum([0, *lengths], dtype=np.int64),
+            token_types_M=None if token_types is None else np.concatenate(token_types),
         )
 
     def __len__(self) -> int:
@@ -56,7 +66,7 @@ class Sequences:
 
     @property
     def target_tokens(self) -> int:
-        """How many positions predict a token, over all sequences."""
+        """How many positions predict something, over all sequences."""
         return int(np.count_nonzero(self.labels_M != NO_TARGET))
 
     def batches(self, indices: Iterable[int], size: int) -> tuple[TokenBatch, ...]:
@@ -72,10 +82,13 @@ class Sequences:
 
     def _pack(self, indices: Sequence[int]) -> TokenBatch:
         where = [slice(self.starts[i], self.starts[i + 1]) for i in indices]
+        types_M = self.token_types_M
+        types = None if types_M is None else np.concatenate([types_M[part] for part in where])
         return TokenBatch(
             input_ids=np.concatenate([self.input_ids_M[part] for part in where]),
             labels=np.concatenate([self.labels_M[part] for part in where]),
             lengths=tuple(self._length(i) for i in indices),
+            token_types=types,
         )
 
     def _length(self, index: int) -> int:

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 from edge_agent.backends.base import Backend, MicroBatch, TokenBatch
 from edge_agent.conversation import Conversation, Script
+from shared.class_counts import ClassCounts, total
 from shared.errors import ProtocolError
 from shared.protocol.messages import (
     ActivationGradients,
@@ -29,14 +30,22 @@ Purpose: TypeAlias = Literal["train", "evaluate", "probe"]
 
 @dataclass(frozen=True, slots=True)
 class LossSum:
-    """A sum of losses in nats and the number of tokens it is over."""
+    """A sum of losses in nats and the number of targets it is over.
+
+    ``counts``: how the coordinator's classifier chose, where it evaluated.
+    """
 
     nats: float = 0.0
     target_tokens: int = 0
+    counts: ClassCounts = ()
 
     def __add__(self, other: LossSum) -> LossSum:
         """Return the sum over both."""
-        return LossSum(self.nats + other.nats, self.target_tokens + other.target_tokens)
+        return LossSum(
+            self.nats + other.nats,
+            self.target_tokens + other.target_tokens,
+            total((self.counts, other.counts)),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +82,11 @@ def run(work: Work, backend: Backend, conversation: Conversation) -> Script[Loss
 
 
 def _run_alone(work: Work, backend: Backend) -> LossSum:
-    total = LossSum()
+    loss = LossSum()
     for index, batch in enumerate(work.batches):
         key = MicroBatch(work.step, index)
-        total += LossSum(backend.whole(key, batch, train=work.goes_back), batch.target_tokens)
-    return total
+        loss += LossSum(backend.whole(key, batch, train=work.goes_back), batch.target_tokens)
+    return loss
 
 
 @dataclass(slots=True)
@@ -135,7 +144,7 @@ class _Exchange:
                 self.total += LossSum(answer.loss_sum)
             self.backend.backward(key, answer.gradient)
         elif isinstance(answer, EvaluatedLoss):
-            self.total += LossSum(answer.loss_sum)
+            self.total += LossSum(answer.loss_sum, counts=answer.counts)
         else:
             raise ProtocolError(f"unexpected answer {type(answer).__name__} to activations")
 

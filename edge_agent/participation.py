@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_agent import local_training
+from edge_agent import local_training, wire_adapters
 from edge_agent.backends.base import Backend, FrontBase, TokenBatch
 from edge_agent.conversation import Conversation, Script
 from edge_agent.dataset import Dataset
@@ -18,9 +19,10 @@ from edge_agent.local_training import LossSum, Purpose, Work
 from edge_agent.profiler import MeasureRequest, Profiler
 from edge_agent.records import Records
 from edge_agent.stopwatch import Stopwatch
+from edge_agent.tasks import sequences_of
 from edge_agent.vocabulary import Vocabulary
-from shared.adapters import LoraPair, ModuleAdapter
 from shared.architecture import ModelArchitecture
+from shared.class_counts import total
 from shared.clock import Clock
 from shared.errors import (
     MemoryFullError,
@@ -30,9 +32,9 @@ from shared.errors import (
     RefusedError,
     StorageError,
 )
+from shared.protocol import weights
 from shared.protocol.messages import (
     Accepted,
-    AdapterTensors,
     Answer,
     Assignment,
     EvaluationResult,
@@ -44,7 +46,6 @@ from shared.protocol.messages import (
     Welcome,
 )
 from shared.protocol.profile import Measurements
-from shared.protocol.tensors import pack, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ class Participation:
         self._lora = welcome.lora
         self._optimizer = welcome.optimizer
         self._pieces = {piece.name: piece for piece in welcome.model.pieces}
-        self._architecture = ModelArchitecture.from_config(json.loads(welcome.model.config_json))
+        config = json.loads(welcome.model.config_json)
+        self._architecture = ModelArchitecture.from_config(config, welcome.training)
         self._head_is_here = welcome.training.labels == "device"
         self._measure_at = welcome.measure_at
         self._measurements: Measurements | None = None
@@ -115,12 +117,16 @@ class Participation:
 
     def _tokenise(self) -> Script[None]:
         files = yield from self._fetch(("tokenizer",))
-        vocabulary = Vocabulary(files["tokenizer"], self._model)
-        length = self._training.max_length
+        read = functools.partial(
+            sequences_of,
+            vocabulary=Vocabulary(files["tokenizer"], self._model),
+            training=self._training,
+            architecture=self._architecture,
+        )
         held_out = self._parts.held_out_records
         self._data = Dataset(
-            training=vocabulary.tokenise(self._parts.records, max_length=length),
-            held_out=None if held_out is None else vocabulary.tokenise(held_out, max_length=length),
+            training=read(self._parts.records),
+            held_out=None if held_out is None else read(held_out),
             seed=self._training.seed,
             device_id=self._conversation.device_id,
         )
@@ -247,18 +253,20 @@ class Participation:
         clock = self._parts.clock
         began_s = clock.monotonic_s()
         computing = Stopwatch(clock)
-        total = LossSum()
+        trained = LossSum()
         for step in range(start.first_step, start.first_step + start.steps):
-            total += yield from computing.timed(self._take_step(start, step, assignment))
-        mean = total.nats / max(1, total.target_tokens)
+            trained += yield from computing.timed(self._take_step(start, step, assignment))
+        mean = trained.nats / max(1, trained.target_tokens)
         logger.info("round %d: %d steps, training loss %.4f", start.round, start.steps, mean)
         busy_s = clock.monotonic_s() - began_s
         took = _Took(busy_s, computing.seconds)
-        return (yield from self._hand_in(start, total, took))
+        return (yield from self._hand_in(start, trained, took))
 
     def _set_adapters(self, start: RoundStart) -> None:
-        held = {adapter.module: _held(adapter) for adapter in start.adapters}
-        self._parts.backend.set_adapters(held, fold=start.fold)
+        backend = self._parts.backend
+        backend.set_adapters(wire_adapters.from_wire(start.adapters), fold=start.fold)
+        if start.classifier:
+            backend.set_classifier(weights.from_wire(start.classifier))
 
     def _take_step(self, start: RoundStart, step: int, assignment: Assignment) -> Script[LossSum]:
         batches = self._data.micro_batches(
@@ -278,6 +286,7 @@ class Participation:
         step = start.first_step
         work = self._work(start, assignment, step=step, batches=batches, purpose="evaluate")
         loss = yield from local_training.run(work, self._parts.backend, self._conversation)
+        counts = total((loss.counts, self._parts.backend.take_counts()))
         probed = yield from self._probe(start, assignment)
         yield from self._conversation.ask(
             lambda call: EvaluationResult(
@@ -288,6 +297,7 @@ class Participation:
                 sequences=sum(len(batch.lengths) for batch in batches),
                 importance=dict(probed.importance),
                 probe_tokens=probed.target_tokens,
+                counts=counts,
             ),
             Accepted,
         )
@@ -327,21 +337,22 @@ class Participation:
             send_labels=not self._head_is_here,
         )
 
-    def _hand_in(self, start: RoundStart, total: LossSum, took: _Took) -> Script[Answer]:
+    def _hand_in(self, start: RoundStart, trained: LossSum, took: _Took) -> Script[Answer]:
         self.phase = f"round {start.round} handed in"
-        pairs = self._parts.backend.adapters()
-        adapters = tuple(_on_wire(module, pair) for module, pair in pairs.items())
+        adapters = wire_adapters.to_wire(self._parts.backend.adapters())
+        classifier = weights.to_wire(self._parts.backend.classifier())
         return (
             yield from self._conversation.ask_any(
                 lambda call: RoundResult(
                     call=call,
                     round=start.round,
                     adapters=adapters,
-                    loss_sum=total.nats,
-                    target_tokens=total.target_tokens,
+                    loss_sum=trained.nats,
+                    target_tokens=trained.target_tokens,
                     steps=start.steps,
                     busy_s=took.busy_s,
                     compute_s=took.compute_s,
+                    classifier=classifier,
                 ),
                 kind="adapter",
             )
@@ -356,29 +367,17 @@ def _position(start: RoundStart, assignment: Assignment, step: int) -> int:
 
 
 def _check_consent(welcome: Welcome, *, agreed: bool) -> None:
+    classifies = welcome.training.task == "classification"
     if not agreed:
+        what = "the class of each of your texts" if classifies else "your text's tokens"
         raise RefusedError(
-            "this run has labels: server: your text's tokens would be sent to the coordinator; "
+            f"this run has labels: server: {what} would be sent to the coordinator; "
             "add --share-labels to agree, or ask for labels: device"
         )
     logger.warning(
-        "labels: server: the tokens to predict, which are this device's text, go to the "
-        "coordinator of run %s (--share-labels)",
+        "labels: server: %s go to the coordinator of run %s (--share-labels)",
+        "the classes of this device's texts"
+        if classifies
+        else "the tokens to predict, which are this device's text,",
         welcome.run_id,
     )
-
-
-def _on_wire(module: str, pair: LoraPair) -> AdapterTensors:
-    return AdapterTensors(
-        module=module,
-        a=pack(pair.a_RI, "float32"),
-        b=pack(pair.b_OR, "float32"),
-        scaling=pair.scaling,
-    )
-
-
-def _held(adapter: AdapterTensors) -> ModuleAdapter:
-    frozen = None
-    if adapter.frozen_a is not None and adapter.frozen_b is not None:
-        frozen = LoraPair(unpack(adapter.frozen_a), unpack(adapter.frozen_b), 1.0)
-    return ModuleAdapter(LoraPair(unpack(adapter.a), unpack(adapter.b), adapter.scaling), frozen)

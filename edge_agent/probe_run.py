@@ -45,7 +45,9 @@ class ProbeRun:
         self._spec = spec
         self._clock = clock
         self._say = say
-        self._architecture = ModelArchitecture.from_config(json.loads(spec.config_json))
+        self._architecture = ModelArchitecture.from_config(
+            json.loads(spec.config_json), spec.training
+        )
         self._memory = _Memory(backend, spec)
         self._planned = probe_loads.loads(
             spec.block_count,
@@ -216,7 +218,7 @@ class ProbeRun:
     def _batch(self, load: Load) -> TokenBatch:
         words = self._architecture.vocab_size
         tokens_N = probe_loads.random_tokens(load.tokens, vocab_size=words, seed=SEED)
-        labels_N = probe_loads.random_tokens(load.tokens, vocab_size=words, seed=SEED + 1)
+        labels_N = probe_loads.random_labels(load, self._architecture, seed=SEED + 1)
         return TokenBatch(tokens_N, labels_N, (load.length,) * load.sequences)
 
     def _gradient(self, load: Load) -> TensorFrame:

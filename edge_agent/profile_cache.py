@@ -49,6 +49,8 @@ class ProfileKey:
     hsplit_version: str
     backend_version: str
     profile_version: int = PROFILE_VERSION
+    targets: int = 0
+    """Classes of a classifier; 0: the head chooses between words."""
 
     @property
     def file_name(self) -> str:

@@ -142,7 +142,12 @@ def _measured(
     request = MeasureRequest(
         config_json=model.config_json,
         training=TrainingTerms(
-            labels=settings.labels, dtype=settings.dtype, max_length=max(2, settings.length)
+            task=model.architecture.task,
+            # An encoder can only classify; their number changes next to nothing.
+            classes=tuple(str(n) for n in range(model.architecture.class_count)),
+            labels=settings.labels,
+            dtype=settings.dtype,
+            max_length=max(2, settings.length),
         ),
         lora=LoraTerms(),
         optimizer=OptimizerTerms(),

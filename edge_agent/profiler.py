@@ -232,6 +232,7 @@ class Profiler:
             dtype=training.dtype,
             wire_dtype=training.wire_dtype,
             labels=training.labels,
+            targets=architecture.class_count,
             optimizer=request.optimizer.name,
             target_modules=lora.target_modules or architecture.family.default_targets,
             lora_dropout=lora.lora_dropout > 0,
@@ -265,7 +266,7 @@ def tolerant(measure_link: MeasureLink) -> MeasureLink:
 
 
 def _architecture(request: MeasureRequest) -> ModelArchitecture:
-    return ModelArchitecture.from_config(json.loads(request.config_json))
+    return ModelArchitecture.from_config(json.loads(request.config_json), request.training)
 
 
 def _blocks(architecture: ModelArchitecture) -> int:

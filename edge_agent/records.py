@@ -2,8 +2,10 @@
 
 Three formats, one per file: ``text``; ``prompt`` and ``completion``; ``messages`` (a list of
 ``{"role", "content"}``; whatever else a message holds is handed to the chat template). Other
-columns are ignored, blank lines are skipped. Text and column names of a record appear in no
-error, log line or ``repr``: an error may travel to the coordinator as the reason for leaving.
+columns are ignored, blank lines are skipped. Beside ``text`` the columns ``text_pair`` and
+``label`` are kept unread: only a run that classifies looks at them (`edge_agent.labelled`).
+Text and column names of a record appear in no error, log line or ``repr``: an error may travel
+to the coordinator as the reason for leaving.
 """
 
 from __future__ import annotations
@@ -151,7 +153,9 @@ def _parse(text: str, *, where: str) -> Row:
     except (ValueError, RecursionError):
         raise DataError(f"{where}: JSON too deep or with a number too long; simplify it") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: not a JSON object but {_kind(row)}; write {{...}} on each line")
+        raise DataError(
+            f"{where}: not a JSON object but {kind_of(row)}; write {{...}} on each line"
+        )
     return row
 
 
@@ -168,13 +172,14 @@ def _format_of(row: Row, *, where: str) -> Format:
 
 
 def _check_text(row: Row, where: str) -> Row:
-    return {"text": _string(row, "text", where)}
+    unread = {name: row[name] for name in ("text_pair", "label") if name in row}
+    return {"text": check_string(row, "text", where), **unread}
 
 
 def _check_prompt(row: Row, where: str) -> Row:
     if "completion" not in row:
         raise DataError(f"{where}: column 'completion' is missing; add it, or use 'text' instead")
-    return {name: _string(row, name, where) for name in ("prompt", "completion")}
+    return {name: check_string(row, name, where) for name in ("prompt", "completion")}
 
 
 def _check_messages(row: Row, where: str) -> Row:
@@ -195,21 +200,26 @@ def _check_messages(row: Row, where: str) -> Row:
 
 def _check_message(message: object, *, where: str) -> Row:
     if not isinstance(message, dict):
-        raise DataError(f"{where} is {_kind(message)}; make it {{'role': ..., 'content': ...}}")
+        raise DataError(f"{where} is {kind_of(message)}; make it {{'role': ..., 'content': ...}}")
     for name in ("role", "content"):
         if name not in message:
             raise DataError(f"{where} has no {name!r}; add it")
-    _string(message, "role", where)
+    check_string(message, "role", where)
     # An empty system or user message is legal in every chat template.
-    _string(message, "content", where, may_be_blank=True)
+    check_string(message, "content", where, may_be_blank=True)
     _check_encodable(json.dumps(message, ensure_ascii=False), where)
     return message
 
 
-def _string(row: Row, name: str, where: str, *, may_be_blank: bool = False) -> str:
+def check_string(row: Row, name: str, where: str, *, may_be_blank: bool = False) -> str:
+    """Return column ``name`` of a row that stands at ``where``.
+
+    Raises:
+        DataError: it is no string, is blank where it may not be, or cannot be encoded.
+    """
     value = row[name]
     if not isinstance(value, str):
-        raise DataError(f"{where}: {name!r} is {_kind(value)}, not a string; put it in quotes")
+        raise DataError(f"{where}: {name!r} is {kind_of(value)}, not a string; put it in quotes")
     if not value.strip() and not may_be_blank:
         raise DataError(f"{where}: {name!r} is empty; fill it in or remove the line")
     _check_encodable(value, f"{where}: {name!r}")
@@ -226,7 +236,8 @@ def _check_encodable(value: str, where: str) -> None:
         ) from None
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """Return what an error calls a JSON value, without its content."""
     if value is None:
         return "null"
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 Tokens: TypeAlias = tuple[list[int], list[bool]]
 """Ids, and which of them the model is to learn to write."""
 
+Encodings: TypeAlias = list[Encoding]
+
 _ENCODE_AT_ONCE = 1024
 """Records per call of the tokenizer, which spreads a call over the cores."""
 
@@ -78,8 +80,31 @@ class Vocabulary:
         kept = [_shifted(ids, targets) for ids, targets in cut if any(targets[1:])]
         _report_dropped(records, kept=len(kept), max_length=max_length)
         sequences = Sequences.join(kept)
-        self._check_ids(sequences)
+        self.check_ids(sequences)
         return sequences
+
+    def encode_whole(self, texts: Sequence[str | tuple[str, str]], *, max_length: int) -> Encodings:
+        """Return texts, or pairs of texts, as the tokenizer frames them for a classifier.
+
+        With its special tokens, and cut to ``max_length`` tokens in all; of a pair the longer
+        text is cut first.
+
+        Raises:
+            DataError: ``max_length`` has no room for a token of each text.
+        """
+        paired = isinstance(texts[0], tuple)
+        framing = self._tokenizer.num_special_tokens_to_add(paired)
+        if max_length < framing + 1 + paired:
+            raise DataError(
+                f"training.max_length is {max_length}, and the tokenizer's own tokens take "
+                f"{framing} of that: raise it"
+            )
+        self._tokenizer.enable_truncation(max_length, strategy="longest_first")
+        try:
+            parts = (texts[i : i + _ENCODE_AT_ONCE] for i in range(0, len(texts), _ENCODE_AT_ONCE))
+            return [one for part in parts for one in self._tokenizer.encode_batch(list(part))]
+        finally:
+            self._tokenizer.no_truncation()
 
     def _tokens(self, records: Records) -> Iterator[Tokens]:
         make = {"text": self._texts, "prompt": self._prompts, "messages": self._chats}
@@ -138,7 +163,12 @@ class Vocabulary:
         encodings: list[Encoding] = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return encodings
 
-    def _check_ids(self, sequences: Sequences) -> None:
+    def check_ids(self, sequences: Sequences) -> None:
+        """Check that the model knows every token, as input or to be predicted.
+
+        Raises:
+            ModelError: it does not: tokenizer and weights are not of the same model.
+        """
         size = json.loads(self._model.config_json).get("vocab_size")
         largest = int(max(sequences.input_ids_M.max(), sequences.labels_M.max()))
         if size is not None and largest >= size:

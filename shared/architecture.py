@@ -1,77 +1,98 @@
-"""What hsplit must know of a model family without loading it: paths, pieces, sizes.
+"""What hsplit must know of a model without loading it: paths, pieces, sizes.
 
 Pure data and pure functions, stdlib only: the planner, the agent and the model store all ask
 here. A model is cut into *pieces*: ``embeddings``, ``block.<j>``, ``final_norm`` and ``head``.
 With tied embeddings there is no ``head`` piece: the token embedding is the output projection.
+A classifying model's ``head`` is the pooler, where it has one; its classifier is no piece: it
+is not of the base, but new in every run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from shared.errors import ModelError, PlanError
-from shared.terms import LoraTerms
+from shared.families import FAMILIES, Family, Features, family_of, number
+from shared.terms import LoraTerms, Task, TrainingChoices
 
-Features: TypeAlias = tuple[int, int]
-"""(in, out) features of one linear module."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """One Hugging Face ``model_type``: where its modules are, in full module paths.
-
-    ``linears`` computes the adaptable linear modules of a block (path inside the block →
-    in and out features) from a config; ``default_targets`` are PEFT's for the family.
-    """
-
-    model_type: str
-    causal_lm: str
-    blocks: str
-    token_embedding: str
-    position_embedding: str | None
-    final_norm: str
-    head: str
-    rotary: str | None
-    default_targets: tuple[str, ...]
-    tied_by_default: bool
-    linears: Callable[[Mapping[str, Any], int], Mapping[str, Features]]
+__all__ = ["FAMILIES", "Family", "Features", "ModelArchitecture"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArchitecture:
-    """The shape of one model: its family, and the numbers that its config holds."""
+    """The shape of one model under a run's task: its family, and what its config says.
+
+    ``class_count``: classes of a classifying model, else 0. ``first_position``: the number of a
+    sequence's first position; ``max_positions``: how many there are from it on.
+    """
 
     family: Family
+    task: Task
+    class_count: int
     block_count: int
     hidden_size: int
     vocab_size: int
     max_positions: int
     tied_embeddings: bool
     linears: Mapping[str, Features]
+    first_position: int = 0
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelArchitecture:
+    def from_config(
+        cls, config: Mapping[str, Any], training: TrainingChoices | None = None
+    ) -> ModelArchitecture:
         """Return the architecture that a parsed ``config.json`` describes.
 
+        ``training`` names the run's task and classes; None: what the family is made for, with
+        two classes if that is to classify.
+
         Raises:
-            ModelError: the family is not supported (the message lists those that are), the
-                base is quantised, or a number is missing or impossible.
+            ModelError: the family is not supported (the message lists those that are) or not
+                made for this task, the base is quantised, or a number is missing or impossible.
         """
-        family = _family(config)
-        hidden_size = _number(config, "hidden_size", "n_embd")
+        family = family_of(config)
+        task, class_count = _task(family, training)
+        hidden_size = number(config, "hidden_size", "n_embd")
+        first_position = family.first_position(config)
+        positions = number(config, "max_position_embeddings", "n_positions")
+        tied = bool(config.get("tie_word_embeddings", family.tied_by_default))
         return cls(
             family=family,
-            block_count=_number(config, "num_hidden_layers", "n_layer"),
+            task=task,
+            class_count=class_count,
+            block_count=number(config, "num_hidden_layers", "n_layer"),
             hidden_size=hidden_size,
-            vocab_size=_number(config, "vocab_size"),
-            max_positions=_number(config, "max_position_embeddings", "n_positions"),
-            tied_embeddings=bool(config.get("tie_word_embeddings", family.tied_by_default)),
+            vocab_size=number(config, "vocab_size"),
+            max_positions=positions - first_position,
+            tied_embeddings=tied,
             linears=family.linears(config, hidden_size),
+            first_position=first_position,
         )
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model ends in a classifier, not in words."""
+        return self.task == "classification"
+
+    @property
+    def model_class(self) -> str:
+        """The Hugging Face class of this family for the task."""
+        return self.family.classifier.model if self.classifies else str(self.family.causal_lm)
+
+    @property
+    def output_count(self) -> int:
+        """Between how many targets the head chooses: classes, or words."""
+        return self.class_count if self.classifies else self.vocab_size
+
+    def classifier_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shape of each tensor of the classifier by full name; none: no classifier."""
+        if not self.classifies:
+            return {}
+        return self.family.classifier.tensors(self.hidden_size, self.class_count)
 
     @property
     def fingerprint(self) -> str:
@@ -116,28 +137,34 @@ class ModelArchitecture:
         return self.linears[inside]
 
     def full_name(self, stored_name: str) -> str:
-        """Return a stored tensor's name in the causal language model.
+        """Return a stored tensor's name in the Hugging Face model of the task.
 
-        Some checkpoints leave out the first part, GPT-2's own on the hub among them.
+        Some checkpoints leave out the first part, GPT-2's own on the hub among them; old ones
+        of BERT have other words for the weights of a norm.
         """
-        prefix = self.family.blocks.partition(".")[0] + "."
-        has_it = stored_name.startswith((prefix, self.family.head + "."))
-        return stored_name if has_it else prefix + stored_name
+        family = self.family
+        prefix = family.blocks.partition(".")[0] + "."
+        outside = prefix if family.head is None else (prefix, family.head + ".")
+        name = stored_name if stored_name.startswith(outside) else prefix + stored_name
+        if family.encoder is not None:
+            name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+            name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        return name
 
     def piece_of(self, tensor_name: str) -> str | None:
         """Return the piece that holds a tensor of the full model.
 
-        None for what no side needs: buffers that old checkpoints store, and the second name
-        of a tied embedding.
+        None for what no side needs: buffers that old checkpoints store, the second name of a
+        tied embedding, and heads for another task.
         """
         family = self.family
         owner, _, leaf = tensor_name.rpartition(".")
-        if owner in (family.token_embedding, family.position_embedding):
+        if owner in family.embeddings:
             return "embeddings"
         if owner == family.final_norm:
             return "final_norm"
-        if owner == family.head:
-            return None if self.tied_embeddings else "head"
+        if owner == self.frozen_head:
+            return None if self.tied_embeddings and not self.classifies else "head"
         if not tensor_name.startswith(family.blocks + "."):
             return None
         # Masks and rotary tables are buffers, stored by old versions of transformers.
@@ -146,9 +173,18 @@ class ModelArchitecture:
             return None
         return f"block.{self.block_of(tensor_name)}"
 
+    @property
+    def frozen_head(self) -> str | None:
+        """The path of the output projection, or of the pooler; None: a classifier without one."""
+        return self.family.classifier.pooler if self.classifies else self.family.head
+
     def head_pieces(self) -> tuple[str, ...]:
-        """Return the pieces that final norm, output projection and loss need."""
-        return ("final_norm", "embeddings" if self.tied_embeddings else "head")
+        """Return the pieces that final norm, output projection (or pooler) and loss need."""
+        norm = () if self.family.final_norm is None else ("final_norm",)
+        if self.frozen_head is None:
+            return norm
+        tied = self.tied_embeddings and not self.classifies
+        return (*norm, "embeddings" if tied else "head")
 
     def front_pieces(self, split_layer: int, *, head_on_device: bool) -> tuple[str, ...]:
         """Return the pieces of a device, in the order in which the model applies them.
@@ -238,91 +274,17 @@ def _names(linears: Mapping[str, Features]) -> str:
     return ", ".join(sorted(linears))
 
 
-def _number(config: Mapping[str, Any], *keys: str, default: int | None = None) -> int:
-    """Return the positive whole number under the first of ``keys`` that is present."""
-    value = next((config[key] for key in keys if config.get(key) is not None), default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _task(family: Family, training: TrainingChoices | None) -> tuple[Task, int]:
+    """Return the task and its number of classes."""
+    if training is None:
+        return ("classification", 2) if family.causal_lm is None else ("causal-lm", 0)
+    if training.task == "classification":
+        if len(training.classes) < 2:
+            raise ModelError("to classify takes two classes at least: name them, training.classes")
+        return training.task, len(training.classes)
+    if family.causal_lm is None:
         raise ModelError(
-            f"config.json: {' / '.join(keys)} must be a positive whole number, not {value!r}"
+            f"a model of type {family.model_type!r} reads in both directions and writes no text: "
+            "set training.task: classification and name the classes in training.classes"
         )
-    return value
-
-
-def _gpt2_linears(config: Mapping[str, Any], hidden: int) -> Mapping[str, Features]:
-    inner = _number(config, "n_inner", default=4 * hidden)
-    return {
-        "attn.c_attn": (hidden, 3 * hidden),
-        "attn.c_proj": (hidden, hidden),
-        "mlp.c_fc": (hidden, inner),
-        "mlp.c_proj": (inner, hidden),
-    }
-
-
-def _gated_linears(config: Mapping[str, Any], hidden: int) -> Mapping[str, Features]:
-    """Return Llama's and Qwen's: grouped-query attention and a gated feed-forward."""
-    heads = _number(config, "num_attention_heads")
-    groups = _number(config, "num_key_value_heads", default=heads)
-    # Qwen3's heads are 128 wide where its config does not say; the others divide the width.
-    head = 128 if config["model_type"] == "qwen3" else hidden // heads
-    head = _number(config, "head_dim", default=head)
-    inner = _number(config, "intermediate_size")
-    return {
-        "self_attn.q_proj": (hidden, heads * head),
-        "self_attn.k_proj": (hidden, groups * head),
-        "self_attn.v_proj": (hidden, groups * head),
-        "self_attn.o_proj": (heads * head, hidden),
-        "mlp.gate_proj": (hidden, inner),
-        "mlp.up_proj": (hidden, inner),
-        "mlp.down_proj": (inner, hidden),
-    }
-
-
-def _gated(model_type: str, causal_lm: str) -> Family:
-    return Family(
-        model_type=model_type,
-        causal_lm=causal_lm,
-        blocks="model.layers",
-        token_embedding="model.embed_tokens",  # noqa: S106 - no secret
-        position_embedding=None,
-        final_norm="model.norm",
-        head="lm_head",
-        rotary="model.rotary_emb",
-        default_targets=("q_proj", "v_proj"),
-        tied_by_default=False,
-        linears=_gated_linears,
-    )
-
-
-FAMILIES: Mapping[str, Family] = {
-    "gpt2": Family(
-        model_type="gpt2",
-        causal_lm="GPT2LMHeadModel",
-        blocks="transformer.h",
-        token_embedding="transformer.wte",  # noqa: S106 - no secret
-        position_embedding="transformer.wpe",
-        final_norm="transformer.ln_f",
-        head="lm_head",
-        rotary=None,
-        default_targets=("c_attn",),
-        tied_by_default=True,
-        linears=_gpt2_linears,
-    ),
-    "llama": _gated("llama", "LlamaForCausalLM"),
-    "qwen2": _gated("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": _gated("qwen3", "Qwen3ForCausalLM"),
-}
-"""Every supported family, by ``model_type``."""
-
-
-def _family(config: Mapping[str, Any]) -> Family:
-    model_type = config.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        raise ModelError(
-            f"models of type {model_type!r} are not supported; supported: {', '.join(FAMILIES)}"
-        )
-    if config.get("quantization_config") is not None:
-        raise ModelError("this base is quantised, which is not supported: use the plain weights")
-    if config.get("add_cross_attention"):
-        raise ModelError("GPT-2 with cross-attention (add_cross_attention) is not supported")
-    return family
+    return training.task, 0

@@ -140,6 +140,19 @@ def random_tokens(count: int, *, vocab_size: int, seed: int) -> npt.NDArray[np.i
     return np.random.default_rng(seed).integers(0, vocab_size, count, dtype=np.int32)
 
 
+def random_labels(
+    load: Load, architecture: ModelArchitecture, *, seed: int
+) -> npt.NDArray[np.int32]:
+    """Return a target for each position that a head of this task would read, -100 elsewhere."""
+    targets = architecture.output_count
+    if not architecture.classifies:
+        return random_tokens(load.tokens, vocab_size=targets, seed=seed)
+    labels = np.full((load.sequences, load.length), -100, dtype=np.int32)
+    at = 0 if architecture.family.classifier.reads == "first" else -1
+    labels[:, at] = random_tokens(load.sequences, vocab_size=targets, seed=seed)
+    return labels.reshape(-1)
+
+
 def small_values_ND(tokens: int, hidden_size: int, *, seed: int) -> npt.NDArray[np.float32]:
     """Return values as activations or their gradients may be: small, not zero or denormal."""
     random = np.random.default_rng(seed)

@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MaxLen
+
+Task: TypeAlias = Literal["causal-lm", "classification"]
+"""What is learnt: to write the next token, or to say of which class a text is."""
 
 LabelMode: TypeAlias = Literal["device", "server"]
 """Which side holds the head and computes the loss."""
@@ -19,6 +22,8 @@ LabelMode: TypeAlias = Literal["device", "server"]
 WireDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 ComputeDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 HandBackMode: TypeAlias = Literal["residual", "merge"]
+
+MOST_CLASSES = 1000
 
 Rank: TypeAlias = Annotated[int, Ge(0), Le(4096)]
 Alpha: TypeAlias = Annotated[float, Gt(0), Lt(1e6)]
@@ -87,8 +92,11 @@ class TrainingChoices:
     ``max_length`` in tokens: longer sequences are cut. ``wire_dtype``: dtype of activations
     and gradients on the wire. ``dtype``: dtype the frozen base is held and computed in
     (adapters are float32 always). ``evaluate_batch``: sequences per evaluation micro-batch.
+    ``classes``: the names of all classes in their order, where the ``task`` is classification.
     """
 
+    task: Task = "causal-lm"
+    classes: Annotated[tuple[str, ...], MaxLen(MOST_CLASSES)] = ()
     labels: LabelMode = "device"
     wire_dtype: WireDtype = "bfloat16"
     dtype: ComputeDtype = "float32"

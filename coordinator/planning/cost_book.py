@@ -100,6 +100,7 @@ class CostBook:
             block_count=architecture.block_count,
             hidden_bytes=architecture.hidden_size * ITEM_BYTES[training.wire_dtype],
             head=training.labels == "device",
+            classifies=architecture.classifies,
         )
 
 

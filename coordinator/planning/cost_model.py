@@ -184,7 +184,8 @@ class DeviceCosts:
     """What a part costs on a device, or on many: then every number is an array.
 
     Lengths in tokens, as of `DataShape`; ``hidden_bytes``: of one token on the wire. ``head``:
-    it is here (`labels: device`).
+    it is here (`labels: device`). ``classifies``: it reads one token of a sequence, and no more
+    than that is sent to it and back.
     """
 
     own: Costs
@@ -198,6 +199,7 @@ class DeviceCosts:
     block_count: int
     hidden_bytes: int
     head: bool
+    classifies: bool = False
 
     def memory_bytes(self, cut: Cut, micro_batch: Integers, *, at_once: Integers) -> Array:
         """The whole program with ``at_once`` of the longest micro-batches, and `SPARE`."""
@@ -224,12 +226,15 @@ def stages(device: DeviceCosts, server: ServerCosts, cut: Cut, sequences: Number
     labels = 0 if device.head else LABEL_BYTES
     up = there * (tokens * (device.hidden_bytes + labels) / device.uplink_bytes_per_s)
     down = there * (tokens * device.hidden_bytes / device.downlink_bytes_per_s)
+    read = sequences if device.classifies else tokens
+    head_up = there * (read * device.hidden_bytes / device.uplink_bytes_per_s)
+    head_down = there * (read * device.hidden_bytes / device.downlink_bytes_per_s)
     optimizer_s = device.own.optimizer_s(adapter_parameters=cut.parameters)
     return Stages(
         compute=compute,
-        up=(up,) * len(at_server),
+        up=(up, head_up) if device.head else (up,),
         server=tuple(there * seconds for seconds in at_server),
-        down=(down,) * len(at_server),
+        down=(head_down, down) if device.head else (down,),
         latency_s=there * device.round_trip_s / 2,
         optimizer_s=device.slowdown * optimizer_s,
     )

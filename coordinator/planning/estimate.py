@@ -77,7 +77,8 @@ def memory_bytes(
     tokens = terms.micro_batch * terms.in_flight * training.max_length
     block = sum(f[0] * f[1] for f in architecture.linears.values())
     words = architecture.vocab_size * hidden
-    untied_head = words if training.labels == "device" and not architecture.tied_embeddings else 0
+    has_words = training.labels == "device" and "head" in architecture.head_pieces()
+    untied_head = words if has_words and not architecture.classifies else 0
     base = item * (words + untied_head + split_layer * block)
     ranks, _ = adapted(terms.lora, architecture, range(split_layer))
     factors = sum(rank * sum(architecture.features(m)) for m, rank in ranks.items())

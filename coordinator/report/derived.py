@@ -171,3 +171,8 @@ def _cut(x_N: Floats, y_N: Floats, *, pieces: int) -> zip[tuple[Floats, Floats]]
 def _mean(values: Floats) -> float:
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")
+
+
+def held_out_measure(records: RunRecords) -> str:
+    """Return what says how good held-out data came out: a classifier's accuracy, or perplexity."""
+    return "accuracy" if records.series("eval/accuracy") else "perplexity"

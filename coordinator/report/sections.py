@@ -62,35 +62,36 @@ def rounds(points: Sequence[Point]) -> list[float]:
 
 
 def learning(records: RunRecords, keys: dict[str, Key]) -> Section:
-    """Return held-out perplexity and training loss, by steps and by time."""
+    """Return how good held-out data came out, and training loss, by steps and by time."""
     time = derived.time_axis(records)
     by_steps = _Abscissa("optimizer steps", "by steps", lambda point: float(point.step), whole=True)
     by_time = _Abscissa(time.label, "by time", lambda point: time.of(point.time_s), whole=False)
-    measured = records.of_devices("perplexity").keys() & keys.keys()
+    what = derived.held_out_measure(records)
+    measured = records.of_devices(what).keys() & keys.keys()
     return Section(
         title="Learning",
         charts=drawn(
-            *(_perplexity(records, keys, along) for along in (by_steps, by_time)),
+            *(_held_out(records, keys, along, what=what) for along in (by_steps, by_time)),
             *(_training_loss(records, along) for along in (by_steps, by_time)),
         ),
         keys=[keys[name] for name in sorted(measured)],
     )
 
 
-def _perplexity(records: RunRecords, keys: dict[str, Key], along: _Abscissa) -> Chart | None:
+def _held_out(
+    records: RunRecords, keys: dict[str, Key], along: _Abscissa, *, what: str
+) -> Chart | None:
     lines = [
         Line(xs=[along.of(p) for p in points], ys=values(points), key=keys[name], in_legend=False)
-        for name, points in records.of_devices("perplexity").items()
+        for name, points in records.of_devices(what).items()
         if name in keys
     ]
-    points = records.series("eval/perplexity")
+    points = records.series(f"eval/{what}")
     mean = Line(
         xs=[along.of(p) for p in points], ys=values(points), key=Key("all held-out text", INK)
     )
-    scale = Scale(
-        x=along.label, y="perplexity", whole_x=along.whole, log=_spans(values(points), times=30)
-    )
-    return line_chart(f"Held-out perplexity {along.title}", [*lines, mean], scale=scale)
+    scale = Scale(x=along.label, y=what, whole_x=along.whole, log=_spans(values(points), times=30))
+    return line_chart(f"Held-out {what} {along.title}", [*lines, mean], scale=scale)
 
 
 def _training_loss(records: RunRecords, along: _Abscissa) -> Chart | None:

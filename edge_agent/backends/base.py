@@ -14,6 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.adapters import AdapterState, HeldAdapters
+from shared.architecture import ModelArchitecture
+from shared.class_counts import ClassCounts
+from shared.classifier_weights import ClassifierTensors
+from shared.errors import ModelError, ProtocolError
 from shared.memory_use import AcceleratorMemory
 from shared.protocol.messages import DeviceId
 from shared.protocol.tensors import TensorFrame
@@ -28,16 +32,19 @@ class TokenBatch:
     """One micro-batch of B sequences, packed without padding: N = sum(lengths) tokens.
 
     ``input_ids`` (N,) int32. ``labels`` (N,) int32: the token to predict *at* each position
-    (already shifted: the next token), `NO_TARGET` where there is none.
+    (already shifted: the next token), or the class of the sequence at the one position that a
+    classifier reads; `NO_TARGET` where there is none. ``token_types`` (N,) int32: 1 in the second
+    text of a pair, for a model that tells them apart; None: 0 everywhere.
     """
 
     input_ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
     lengths: tuple[int, ...]
+    token_types: npt.NDArray[np.int32] | None = None
 
     @property
     def target_tokens(self) -> int:
-        """How many positions predict a token: the weight of this micro-batch's loss."""
+        """How many positions predict something: the weight of this micro-batch's loss."""
         return int(np.count_nonzero(self.labels != NO_TARGET))
 
 
@@ -94,6 +101,20 @@ class Backend(Protocol):
         Rank and module set may differ from before; modules not named stay as they are.
         """
 
+    def set_classifier(self, weights: ClassifierTensors) -> None:
+        """Replace the classifier's weights and reset their optimizer moments.
+
+        Raises:
+            ProtocolError: there is no classifier here.
+            NumericsError: they are not of its names and shapes, or not finite; nothing changed.
+        """
+
+    def classifier(self) -> ClassifierTensors:
+        """Return copies of the classifier's weights, float32; none where there is none here."""
+
+    def take_counts(self) -> ClassCounts:
+        """Return how the classifier chose in evaluations here since the last time."""
+
     def forward(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> TensorFrame:
         """Return the activations (N, D) in the wire dtype.
 
@@ -106,10 +127,11 @@ class Backend(Protocol):
     def head(
         self, key: MicroBatch, hidden: TensorFrame, *, train: bool
     ) -> tuple[float, TensorFrame | None]:
-        """Return the summed loss of the micro-batch and, with ``train``, its gradient (N, D).
+        """Return the summed loss of the micro-batch and, with ``train``, its gradient (M, D).
 
-        The gradient is in the wire dtype. ``forward`` of the same key came before and kept
-        the labels.
+        ``hidden`` (M, D): what the head reads of the N tokens: all, or a classifier one of each
+        sequence. The gradient is in the wire dtype. ``forward`` of the same key came before and
+        kept the labels.
         """
 
     def whole(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> float:
@@ -143,7 +165,7 @@ class Backend(Protocol):
         """
 
     def discard(self) -> None:
-        """Forget all kept micro-batches, accumulated gradients and a probe."""
+        """Forget all kept micro-batches, accumulated gradients, counts and a probe."""
 
     def adapters(self) -> AdapterState:
         """Return copies of the trainable pairs, float32, by full module path."""
@@ -156,3 +178,29 @@ class Backend(Protocol):
 
     def accelerator_memory(self) -> AcceleratorMemory | None:
         """Return what is used of an accelerator's memory; None where the CPU computes."""
+
+
+def check_batch(batch: TokenBatch, architecture: ModelArchitecture, *, longest: int) -> None:
+    """Check that a micro-batch is one for this model.
+
+    Raises:
+        ProtocolError: its parts do not belong together, or a class does not exist.
+        ModelError: a token id or a length that this model does not have.
+    """
+    if len(batch.input_ids) != sum(batch.lengths) or len(batch.labels) != len(batch.input_ids):
+        raise ProtocolError(
+            f"a micro-batch of {len(batch.input_ids)} tokens, {len(batch.labels)} labels and "
+            f"lengths that add up to {sum(batch.lengths)}"
+        )
+    vocab_size, largest = architecture.vocab_size, int(batch.input_ids.max())
+    target = int(batch.labels.max())
+    if architecture.classifies and target >= architecture.class_count:
+        raise ProtocolError(f"class {target} of {architecture.class_count} classes")
+    largest = largest if architecture.classifies else max(largest, target)
+    if largest >= vocab_size or int(batch.input_ids.min()) < 0:
+        raise ModelError(
+            f"token id {largest} does not exist in a model with {vocab_size} words: "
+            "tokenizer and weights are not of the same model"
+        )
+    if max(batch.lengths) > longest:
+        raise ModelError(f"a sequence of {max(batch.lengths)} tokens; max_length is {longest}")

@@ -1,6 +1,6 @@
 """The torch backend: the front of the model on CUDA where there is one, else on the CPU.
 
-Shape suffixes: N packed tokens, D hidden size.
+Shape suffixes: N packed tokens, M of them that the head reads, D hidden size.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_agent.backends.base import FrontBase, MicroBatch, TokenBatch
+from edge_agent.backends.base import FrontBase, MicroBatch, TokenBatch, check_batch
 from shared.adapters import AdapterState, HeldAdapters
+from shared.class_counts import ClassCounts, total
+from shared.classifier_weights import ClassifierTensors
 from shared.errors import ModelError, NumericsError, ProtocolError
 from shared.memory_use import AcceleratorMemory
 from shared.modeling.accelerator import TorchMemory, wait_for
@@ -45,11 +47,12 @@ class _Probe:
 class _Kept:
     """What backward and head still need of one micro-batch: the graph hangs on ``hidden_ND``.
 
-    ``watched`` where it is of a probe.
+    ``labels_M`` are those that the head reads; ``watched`` where it is of a probe.
     """
 
     hidden_ND: torch.Tensor
-    labels_N: torch.Tensor
+    labels_M: torch.Tensor
+    packing: Packing
     watched: WatchedForward | None = None
 
 
@@ -80,6 +83,7 @@ class TorchBackend:
         self._trained: dict[MicroBatch, _Kept] = {}
         self._evaluated: dict[MicroBatch, _Kept] = {}
         self._probe: _Probe | None = None
+        self._counts: ClassCounts = ()
 
     @property
     def accelerator(self) -> str | None:
@@ -115,6 +119,7 @@ class TorchBackend:
                 device=self._device,
                 lora_dropout=lora.lora_dropout,
             ),
+            training=training,
         )
         front.architecture.check_max_length(training.max_length)
         self._front = front
@@ -135,7 +140,32 @@ class TorchBackend:
         front = self._loaded()
         front.adapters.replace(adapters, fold=fold)
         self.discard()
-        self._stepper().follow(front.adapters.parameters())
+        self._stepper().follow(front.trained())
+
+    @_explained
+    def set_classifier(self, weights: ClassifierTensors) -> None:
+        """Replace the classifier's weights and reset their optimizer moments.
+
+        Raises:
+            ProtocolError: there is no classifier here.
+            NumericsError: they are not of its names and shapes, or not finite; nothing changed.
+        """
+        front = self._loaded()
+        if front.head is None:
+            raise ProtocolError("weights of a classifier came, but the head is on the server")
+        front.head.replace(weights)
+        self.discard()
+        self._stepper().follow(front.trained())
+
+    def classifier(self) -> ClassifierTensors:
+        """Return copies of the classifier's weights, float32; none where there is none here."""
+        head = self._loaded().head
+        return {} if head is None else head.tensors()
+
+    def take_counts(self) -> ClassCounts:
+        """Return how the classifier chose in evaluations here since the last time."""
+        counts, self._counts = self._counts, ()
+        return counts
 
     @_explained
     def forward(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> TensorFrame:
@@ -165,7 +195,8 @@ class TorchBackend:
             ProtocolError: no such micro-batch is open.
         """
         kept = _find(self._trained, key)
-        gradient_ND = self._receive(gradient, kept.hidden_ND, what=f"gradient of {key}")
+        shape = tuple(kept.hidden_ND.shape)
+        gradient_ND = self._receive(gradient, shape, what=f"gradient of {key}")
         del self._trained[key]
         self._go_back(kept, kept.hidden_ND, gradient_ND.to(kept.hidden_ND.dtype), what=str(key))
 
@@ -173,7 +204,7 @@ class TorchBackend:
     def head(
         self, key: MicroBatch, hidden: TensorFrame, *, train: bool
     ) -> tuple[float, TensorFrame | None]:
-        """Return the summed loss and, with ``train``, its gradient (N, D) in the wire dtype.
+        """Return the summed loss and, with ``train``, its gradient (M, D) in the wire dtype.
 
         ``forward`` of the same key came before and kept the labels.
 
@@ -181,18 +212,21 @@ class TorchBackend:
             NumericsError: wrong shape or dtype, NaN or infinity, received or in the loss.
             ProtocolError: no such micro-batch is open.
         """
-        kept = _find(self._trained if train else self._evaluated, key)
-        hidden_ND = self._receive(hidden, kept.hidden_ND, what=f"hidden states of {key}")
-        with torch.set_grad_enabled(train):
-            hidden_ND = hidden_ND.to(self._loaded().dtype).requires_grad_(train)
-            loss = self._loaded().loss_sum(hidden_ND, kept.labels_N)
-        loss_sum = _finite(float(loss.detach()), key)
+        front, kept = self._loaded(), _find(self._trained if train else self._evaluated, key)
+        shape = (len(kept.labels_M), kept.hidden_ND.shape[1])
+        received_MD = self._receive(hidden, shape, what=f"hidden states of {key}")
+        hidden_MD = received_MD.to(front.dtype).requires_grad_(train)
+        loss, loss_sum = self._judge(key, hidden_MD, kept, train=train)
         if not train:
             del self._evaluated[key]
             return loss_sum, None
-        (gradient_ND,) = torch.autograd.grad(loss, hidden_ND)
+        learning = [] if front.head is None or kept.watched else [*front.head.parameters().values()]
+        gradient_MD, *gradients = torch.autograd.grad(loss, [hidden_MD, *learning])
         what = f"head gradient of {key}"
-        return loss_sum, to_frame(gradient_ND, dtype=self._training.wire_dtype, what=what)
+        frame = to_frame(gradient_MD, dtype=self._training.wire_dtype, what=what)
+        for parameter, gradient in zip(learning, gradients, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return loss_sum, frame
 
     @_explained
     def whole(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> float:
@@ -206,8 +240,8 @@ class TorchBackend:
         """
         kept = self._run(key, batch, train=train)
         with torch.set_grad_enabled(train):
-            loss = self._loaded().loss_sum(kept.hidden_ND, kept.labels_N)
-        loss_sum = _finite(float(loss.detach()), key)
+            hidden_MD = self._loaded().read(kept.hidden_ND, kept.packing)
+        loss, loss_sum = self._judge(key, hidden_MD, kept, train=train)
         if train:
             self._go_back(kept, loss, None, what=str(key))
         return loss_sum
@@ -247,10 +281,11 @@ class TorchBackend:
         return sums
 
     def discard(self) -> None:
-        """Forget all kept micro-batches, accumulated gradients and a probe."""
+        """Forget all kept micro-batches, accumulated gradients, counts and a probe."""
         self._trained.clear()
         self._evaluated.clear()
         self._probe = None
+        self._counts = ()
         if self._optimizer is not None:
             self._optimizer.discard()
 
@@ -272,7 +307,7 @@ class TorchBackend:
 
     def _run(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> _Kept:
         front = self._loaded()
-        _check(batch, vocab_size=front.architecture.vocab_size, longest=self._training.max_length)
+        check_batch(batch, front.architecture, longest=self._training.max_length)
         seed = dropout_seed(
             self._training.seed,
             device_id=self._device_id,
@@ -281,15 +316,26 @@ class TorchBackend:
             side="device",
         )
         front.adapters.dropout.begin(seed if train and self._probe is None else None)
-        input_ids_N, labels_N = self._tokens(batch.input_ids), self._tokens(batch.labels)
         packing = Packing.of(batch.lengths, device=self._device)
+        ids_N, labels_M = self._long(batch.input_ids), front.read(self._long(batch.labels), packing)
+        types_N = None if batch.token_types is None else self._long(batch.token_types)
         if train and self._probe is not None:
-            embedded_ND = front.embed(input_ids_N, packing)
+            embedded_ND = front.embed(ids_N, packing, types_N)
             with watching(front.skeleton, self._probe.modules, source=embedded_ND) as watched:
                 hidden_ND = front.run_blocks(embedded_ND, packing, first=0)
-            return _Kept(hidden_ND, labels_N, watched)
+            return _Kept(hidden_ND, labels_M, packing, watched)
         with torch.set_grad_enabled(train):
-            return _Kept(front(input_ids_N, packing), labels_N)
+            return _Kept(front(ids_N, packing, types_N), labels_M, packing)
+
+    def _judge(
+        self, key: MicroBatch, hidden_MD: torch.Tensor, kept: _Kept, *, train: bool
+    ) -> tuple[torch.Tensor, float]:
+        with torch.set_grad_enabled(train):
+            judged = self._loaded().judge(hidden_MD, kept.labels_M)
+        loss_sum = _finite(float(judged.loss.detach()), key)
+        if not train:
+            self._counts = total((self._counts, judged.counts))
+        return judged.loss, loss_sum
 
     def _go_back(
         self, kept: _Kept, output: torch.Tensor, outer: torch.Tensor | None, *, what: str
@@ -302,11 +348,11 @@ class TorchBackend:
         elif output.requires_grad:
             torch.autograd.backward(output, outer)
 
-    def _tokens(self, tokens: np.ndarray[Any, np.dtype[np.int32]]) -> torch.Tensor:
-        return torch.from_numpy(tokens.astype(np.int64)).to(self._device)
+    def _long(self, tokens_N: np.ndarray[Any, np.dtype[np.int32]]) -> torch.Tensor:
+        return torch.from_numpy(tokens_N.astype(np.int64)).to(self._device)
 
-    def _receive(self, frame: TensorFrame, like: torch.Tensor, *, what: str) -> torch.Tensor:
-        dtype, shape = self._training.wire_dtype, tuple(like.shape)
+    def _receive(self, frame: TensorFrame, shape: tuple[int, ...], *, what: str) -> torch.Tensor:
+        dtype = self._training.wire_dtype
         return from_frame(frame, what=what, dtype=dtype, shape=shape, device=self._device)
 
     def _loaded(self) -> FrontModel:
@@ -328,22 +374,6 @@ def _parse(config_json: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError("config.json of the base model is not a JSON object")
     return config
-
-
-def _check(batch: TokenBatch, *, vocab_size: int, longest: int) -> None:
-    if len(batch.input_ids) != sum(batch.lengths) or len(batch.labels) != len(batch.input_ids):
-        raise ProtocolError(
-            f"a micro-batch of {len(batch.input_ids)} tokens, {len(batch.labels)} labels and "
-            f"lengths that add up to {sum(batch.lengths)}"
-        )
-    largest = max(int(batch.input_ids.max()), int(batch.labels.max()))
-    if largest >= vocab_size or int(batch.input_ids.min()) < 0:
-        raise ModelError(
-            f"token id {largest} does not exist in a model with {vocab_size} words: "
-            "tokenizer and weights are not of the same model"
-        )
-    if max(batch.lengths) > longest:
-        raise ModelError(f"a sequence of {max(batch.lengths)} tokens; max_length is {longest}")
 
 
 def _find(kept: dict[MicroBatch, _Kept], key: MicroBatch) -> _Kept:

@@ -25,6 +25,8 @@ from typing import TypeVar
 from edge_agent.backends.base import Backend, FrontBase, MicroBatch, TokenBatch
 from edge_agent.emulation.spec import Emulation
 from shared.adapters import AdapterState, HeldAdapters
+from shared.class_counts import ClassCounts
+from shared.classifier_weights import ClassifierTensors
 from shared.errors import MemoryFullError
 from shared.memory_use import (
     AcceleratorMemory,
@@ -100,6 +102,18 @@ class EmulatedBackend:
     def set_adapters(self, adapters: HeldAdapters, *, fold: bool) -> None:
         """As the backend inside; see `Backend.set_adapters`."""
         self._held_to_it(lambda: self._inner.set_adapters(adapters, fold=fold))
+
+    def set_classifier(self, weights: ClassifierTensors) -> None:
+        """As the backend inside; see `Backend.set_classifier`."""
+        self._held_to_it(lambda: self._inner.set_classifier(weights))
+
+    def classifier(self) -> ClassifierTensors:
+        """As the backend inside; see `Backend.classifier`."""
+        return self._inner.classifier()
+
+    def take_counts(self) -> ClassCounts:
+        """As the backend inside; see `Backend.take_counts`."""
+        return self._inner.take_counts()
 
     def forward(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> TensorFrame:
         """As the backend inside; see `Backend.forward`."""

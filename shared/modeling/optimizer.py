@@ -1,4 +1,4 @@
-"""The optimizer of one side's adapters: torch's own, with the run's schedule and hand-backs.
+"""The optimizer of what one side trains: torch's own, with the run's schedule and hand-backs.
 
 Every module has a count of steps since its moments were last fresh. Moments that are fresh
 at the run's first step have the schedule's own warm-up; moments that a hand-back (or a new
@@ -21,8 +21,8 @@ from shared.errors import NumericsError, StorageError
 from shared.schedule import learning_rate
 from shared.terms import OptimizerTerms
 
-Factors: TypeAlias = tuple[nn.Parameter, nn.Parameter]
-"""The trainable A and B of one module."""
+Factors: TypeAlias = tuple[nn.Parameter, ...]
+"""The trainable A and B of one module, or one weight of a classifier."""
 OptimizerState: TypeAlias = Mapping[str, npt.NDArray[Any]]
 """What a checkpoint keeps: ``<module>|a|exp_avg`` and such → array."""
 
@@ -103,7 +103,7 @@ class AdapterOptimizer:
         for name, pair in self._factors.items():
             counts = (self._steps_since_fresh[name], int(name in self._from_the_start))
             arrays[f"{name}|counts"] = np.array(counts, dtype=np.int64)
-            for letter, parameter in zip("ab", pair, strict=True):
+            for letter, parameter in zip("ab", pair, strict=False):
                 for key, value in self._state_of(parameter).items():
                     if isinstance(value, torch.Tensor):
                         arrays[f"{name}|{letter}|{key}"] = value.detach().cpu().numpy().copy()
@@ -121,7 +121,7 @@ class AdapterOptimizer:
             steps, from_the_start = state[f"{name}|counts"].tolist()
             self._steps_since_fresh[name] = steps
             (self._from_the_start.add if from_the_start else self._from_the_start.discard)(name)
-            for letter, parameter in zip("ab", pair, strict=True):
+            for letter, parameter in zip("ab", pair, strict=False):
                 self._restore(f"{name}|{letter}|", parameter, state)
         self.follow(self._factors)
 
@@ -189,4 +189,4 @@ class AdapterOptimizer:
 
 
 def _same(new: Factors, old: Factors | None) -> bool:
-    return old is not None and new[0] is old[0] and new[1] is old[1]
+    return old is not None and all(a is b for a, b in zip(new, old, strict=True))

@@ -17,12 +17,14 @@ class Packing:
 
     ``positions_N`` int64: position in its sequence. ``places_N`` int64: index into the
     flattened (B·T,) padded sequences, or None where nothing is padded and both are the same.
+    ``lengths_B`` int64.
     """
 
     sequences: int
     longest: int
     positions_N: torch.Tensor
     places_N: torch.Tensor | None
+    lengths_B: torch.Tensor
 
     @classmethod
     def of(cls, lengths: Sequence[int], *, device: torch.device) -> Packing:
@@ -33,7 +35,7 @@ class Packing:
         real_BT = positions_T < lengths_B.unsqueeze(1)
         positions_N = positions_T.expand(len(lengths), longest)[real_BT]
         places_N = None if min(lengths) == longest else real_BT.flatten().nonzero().squeeze(1)
-        return cls(len(lengths), longest, positions_N, places_N)
+        return cls(len(lengths), longest, positions_N, places_N, lengths_B)
 
     def pad(self, packed_ND: torch.Tensor) -> torch.Tensor:
         """Return (B, T, D), zero where there is no token. Differentiable."""
@@ -47,3 +49,18 @@ class Packing:
         """Return (N, D): the real tokens alone. Differentiable."""
         flat_SD = padded_BTD.reshape(-1, padded_BTD.shape[2])
         return flat_SD if self.places_N is None else flat_SD.index_select(0, self.places_N)
+
+    def real_BT(self) -> torch.Tensor | None:
+        """Return (B, T) bool, true where there is a token; None where nothing is padded."""
+        if self.places_N is None:
+            return None
+        positions_T = torch.arange(self.longest, device=self.lengths_B.device)
+        return positions_T < self.lengths_B.unsqueeze(1)
+
+    def first_rows_B(self) -> torch.Tensor:
+        """Return the index of each sequence's first token among the N packed ones."""
+        return self.last_rows_B() - self.lengths_B + 1
+
+    def last_rows_B(self) -> torch.Tensor:
+        """Return the index of each sequence's last token among the N packed ones."""
+        return self.lengths_B.cumsum(0) - 1

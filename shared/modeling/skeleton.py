@@ -25,18 +25,21 @@ def materialise(
     modules: Collection[str],
     dtype: torch.dtype,
     device: torch.device,
+    architecture: ModelArchitecture | None = None,
 ) -> nn.Module:
     """Return the whole model's skeleton in which only ``modules`` hold anything.
 
     ``modules`` are paths of blocks, embeddings, final norm, head or rotary; any other of these
-    is an empty `nn.Identity`. Only the tensors of ``modules`` are read from ``tensors``.
+    is an empty `nn.Identity`. Only the tensors of ``modules`` are read from ``tensors``, and none
+    of a classifier's: it is zero, float32 and trainable. ``architecture``: of the run's task;
+    None: what ``config`` says by itself.
 
     Raises:
         ModelError: unsupported family; a tensor is missing or has another shape than the
             config says; a file is damaged.
     """
-    architecture = ModelArchitecture.from_config(config)
-    skeleton = _skeleton(config, architecture)
+    architecture = architecture or ModelArchitecture.from_config(config)
+    skeleton = empty_model(config, architecture)
     weights = as_mapping(tensors)
     for path in _piece_modules(architecture):
         if path not in modules:
@@ -46,16 +49,19 @@ def materialise(
         # Its tables are computed, not stored, and on `meta` they have no values.
         table: Any = type(skeleton.get_submodule(rotary))
         _put(skeleton, rotary, table(config=skeleton.config).to(device))
+    new = architecture.classifier_shapes()
     for name, parameter in list(skeleton.named_parameters()):
+        if name in new:
+            _hold(skeleton, name, nn.Parameter(torch.zeros(parameter.shape, device=device)))
+            continue
         tensor = _read(weights, name)
         if tensor.shape != parameter.shape:
             raise ModelError(
                 f"weight {name} has shape {list(tensor.shape)}, but config.json asks for "
                 f"{list(parameter.shape)}: config and weights are not of the same model"
             )
-        module = skeleton.get_submodule(name.rpartition(".")[0])
         held = tensor.to(device=device, dtype=dtype)
-        setattr(module, name.rpartition(".")[2], nn.Parameter(held, requires_grad=False))
+        _hold(skeleton, name, nn.Parameter(held, requires_grad=False))
     return skeleton.eval()
 
 
@@ -110,29 +116,31 @@ def _read(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         raise ModelError(f"weight {name} is missing from the base model's files") from None
 
 
-def _skeleton(config: Mapping[str, Any], architecture: ModelArchitecture) -> nn.Module:
-    family = architecture.family
-    parsed = transformers.CONFIG_MAPPING[family.model_type].from_dict(dict(config))
+def empty_model(config: Mapping[str, Any], architecture: ModelArchitecture) -> nn.Module:
+    """Return the whole Hugging Face model on torch's ``meta`` device: shapes without memory."""
+    parsed = transformers.CONFIG_MAPPING[architecture.family.model_type].from_dict(dict(config))
+    if architecture.classifies:
+        parsed.num_labels = architecture.class_count
     parsed._attn_implementation = "sdpa"  # noqa: SLF001 - Hugging Face has no public setter
     parsed.use_cache = False
     with torch.device("meta"):
-        skeleton: nn.Module = getattr(transformers, family.causal_lm)(parsed)
-    return skeleton
+        model: nn.Module = getattr(transformers, architecture.model_class)(parsed)
+    return model
 
 
 def _piece_modules(architecture: ModelArchitecture) -> list[str]:
     family = architecture.family
     blocks = [architecture.block_path(j) for j in range(architecture.block_count)]
-    others = (
-        family.token_embedding,
-        family.position_embedding,
-        family.rotary,
-        family.final_norm,
-        family.head,
-    )
-    return blocks + [path for path in others if path is not None]
+    classifier = family.classifier.module if architecture.classifies else None
+    others = (family.rotary, family.final_norm, architecture.frozen_head, classifier)
+    return [*blocks, *family.embeddings, *(path for path in others if path is not None)]
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
+
+
+def _hold(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(owner), leaf, parameter)

@@ -96,3 +96,15 @@ class AdapterTensors:
 
 
 Adapters: TypeAlias = Annotated[tuple[AdapterTensors, ...], Field(max_length=65_536)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightTensor:
+    """One weight of a classifier on the wire, float32, by its full name."""
+
+    name: Module
+    data: Tensor
+
+
+ClassifierWeights: TypeAlias = Annotated[tuple[WeightTensor, ...], Field(max_length=16)]
+"""All weights of a classifier; empty: none."""

@@ -13,11 +13,13 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
+from shared.class_counts import ClassCounts
 from shared.protocol.message_parts import (
     NAME_PATTERN,
     Adapters,
     AdapterTensors,
     Call,
+    ClassifierWeights,
     Count,
     Device,
     DeviceId,
@@ -31,30 +33,40 @@ from shared.protocol.message_parts import (
     RunId,
     Score,
     Seconds,
-    Session,
     SessionId,
     Sha256,
     Tensor,
     Text,
+    WeightTensor,
 )
-from shared.protocol.profile import DataShape, DeviceProfile, Measurements, Telemetry
-from shared.terms import LoraTerms, OptimizerTerms, Rank, TrainingTerms
+from shared.protocol.profile import DataShape, DeviceProfile, Measurements
+from shared.protocol.session_messages import Credit, Heartbeat, Leave, Rejoin, Resend
+from shared.terms import MOST_CLASSES, LoraTerms, OptimizerTerms, Rank, TrainingTerms
 
 # The parts that belong to this module's interface, beside every class below.
 __all__ = [
     "NAME_PATTERN",
     "AdapterTensors",
     "Call",
+    "Credit",
     "Device",
     "DeviceId",
     "DeviceProfile",
+    "Heartbeat",
+    "Leave",
     "ModelDescription",
     "Piece",
     "RefusalCode",
+    "Rejoin",
+    "Resend",
     "Run",
     "RunId",
     "SessionId",
+    "WeightTensor",
 ]
+
+Counts: TypeAlias = Annotated[ClassCounts, Field(max_length=MOST_CLASSES)]
+"""How a classifier chose, by class; empty: nothing was classified."""
 
 # --- agent to coordinator ---------------------------------------------------------------------
 
@@ -113,7 +125,8 @@ class Activations:
 
     ``hidden`` (N, D) in the wire dtype: the N = sum(lengths) real tokens of B sequences, packed
     without padding. ``labels`` (N,) int32 only with `labels: server`: the token to predict at
-    each position, -100 where there is none. Answers: training: `ActivationGradients`
+    each position, or the class at the one that a classifier reads; -100 where there is none.
+    ``target_tokens``: how many there are. Answers: training: `ActivationGradients`
     (labels: server) or `Hidden` (labels: device); evaluation: `EvaluatedLoss` or `Hidden`.
     ``purpose`` probe: as in training, but only to measure how important weights are; nothing
     is learnt from it.
@@ -134,7 +147,7 @@ class Activations:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiddenGradients:
-    """Agent: gradient (N, D) of the micro-batch's summed loss with respect to `Hidden`.
+    """Agent: gradient (M, D) of the micro-batch's summed loss with respect to `Hidden`.
 
     Answer: `ActivationGradients`.
     """
@@ -154,8 +167,8 @@ class EvaluationResult:
     """Agent: summed loss of my held-out part with the state that round ``round`` starts from.
 
     ``importance`` where `RoundStart` asked for a probe: module → Σ_j |w_j ∂L/∂w_j| of the summed
-    loss over ``probe_tokens`` target tokens, for the candidates in this device's front. Answer:
-    `Accepted`.
+    loss over ``probe_tokens`` target tokens, for the candidates in this device's front.
+    ``counts``: how the classifier chose, where that is the task. Answer: `Accepted`.
     """
 
     type: Literal["evaluation_result"] = "evaluation_result"
@@ -168,15 +181,17 @@ class EvaluationResult:
         default_factory=dict
     )
     probe_tokens: Count = 0
+    counts: Counts = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundResult:
     """Agent: my adapters after the last step of the round, in float32.
 
-    ``loss_sum`` and ``target_tokens`` are sums over the round's training steps; ``busy_s`` is how
-    long these took, ``compute_s`` how much of it this device computed. Answer: `RoundStart` of the
-    next round, a new `Assignment`, or `Finished`.
+    ``classifier``: all of its weights, where this device holds one. ``loss_sum`` and
+    ``target_tokens`` are sums over the round's training steps; ``busy_s`` is how long these took,
+    ``compute_s`` how much of it this device computed. Answer: `RoundStart` of the next round, a
+    new `Assignment`, or `Finished`.
     """
 
     type: Literal["round_result"] = "round_result"
@@ -188,25 +203,7 @@ class RoundResult:
     steps: Count
     busy_s: Seconds
     compute_s: Seconds = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heartbeat:
-    """Agent: I live, and this is how I am. ``awaiting``: calls that waited long for an answer."""
-
-    type: Literal["heartbeat"] = "heartbeat"
-    session: Session
-    awaiting: Annotated[tuple[Count, ...], Field(max_length=256)] = ()
-    telemetry: Telemetry | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leave:
-    """Agent: I stop, for this reason. No answer."""
-
-    type: Literal["leave"] = "leave"
-    session: Session
-    reason: Text
+    classifier: ClassifierWeights = ()
 
 
 # --- coordinator to agent ---------------------------------------------------------------------
@@ -281,7 +278,8 @@ class RoundStart:
     base is untouched, and everything is named. ``first_sequence``: where in the endless order of
     its sequences the device goes on (None: at ``first_step`` times its batch).
     ``probe_sequences``: after the evaluation, measure the importance of your weights on this many
-    sequences of your training data.
+    sequences of your training data. ``classifier``: replaces yours, as ``adapters`` do; empty:
+    keep it.
     """
 
     type: Literal["round_start"] = "round_start"
@@ -294,11 +292,15 @@ class RoundStart:
     fold: bool = False
     first_sequence: Count | None = None
     probe_sequences: Count = 0
+    classifier: ClassifierWeights = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hidden:
-    """Coordinator: the back's output (N, D) for the head on the device."""
+    """Coordinator: the back's output for the head on the device.
+
+    ``hidden`` (M, D): all N tokens; for a classifier only the one of each sequence that it reads.
+    """
 
     type: Literal["hidden"] = "hidden"
     call: Call
@@ -317,11 +319,15 @@ class ActivationGradients:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedLoss:
-    """Coordinator: summed loss of one evaluation micro-batch (labels: server)."""
+    """Coordinator: summed loss of one evaluation micro-batch (labels: server).
+
+    ``counts``: how a classifier chose.
+    """
 
     type: Literal["evaluated_loss"] = "evaluated_loss"
     call: Call
     loss_sum: Loss
+    counts: Counts = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,35 +346,6 @@ class Finished:
     call: Call | None = None
     reason: Text
     failed: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resend:
-    """Coordinator: these calls that you await never arrived; send them again."""
-
-    type: Literal["resend"] = "resend"
-    session: Session
-    numbers: Annotated[tuple[Count, ...], Field(min_length=1, max_length=256)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rejoin:
-    """Coordinator: I do not know this session (any more); join again."""
-
-    type: Literal["rejoin"] = "rejoin"
-    session: Session
-
-
-# --- either way -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Credit:
-    """Receiver of a large transfer: I hold ``chunks`` of its chunks, send on."""
-
-    type: Literal["credit"] = "credit"
-    transfer: Count
-    chunks: Positive
 
 
 Request: TypeAlias = (

@@ -76,10 +76,12 @@ def batches_of(sim, device, steps):
 
 
 def joined(parts):
+    types = [part.token_types for part in parts if part.token_types is not None]
     return TokenBatch(
         np.concatenate([part.input_ids for part in parts]),
         np.concatenate([part.labels for part in parts]),
         tuple(length for part in parts for length in part.lengths),
+        np.concatenate(types) if types else None,
     )
 
 

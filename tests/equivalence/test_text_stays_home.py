@@ -74,10 +74,12 @@ FROM_A_DEVICE: Mapping[str, Mapping[str, Any]] = {
     "evaluation_result": {
         "call": CALL, "round": int, "loss_sum": float, "target_tokens": int, "sequences": int,
         "importance": {str: float}, "probe_tokens": int,
+        "counts": [{"actual": int, "predicted": int, "true_positives": int}],
     },
     "round_result": {
         "call": CALL, "round": int, "adapters": [ADAPTER], "loss_sum": float,
         "target_tokens": int, "steps": int, "busy_s": float, "compute_s": float,
+        "classifier": [{"name": str, "data": FLOAT}],
     },
     "heartbeat": {"session": str, "awaiting": [int], "telemetry": None},
     "credit": {"transfer": int, "chunks": int},
@@ -198,7 +200,8 @@ def secrets(sim) -> Iterator[tuple[str, bytes]]:
                     for how, written in spellings(window).items():
                         yield f"tokens of {name} as {how}", written
         for line in (sim.folder / f"{name}.jsonl").read_text().splitlines():
-            for text in json.loads(line).values():
+            row = json.loads(line)
+            for text in (row[name] for name in row if name != "label"):
                 for encoding in ("utf-8", "utf-16-le"):
                     yield f"text of {name} in {encoding}", text.strip(" ->").encode(encoding)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,16 +12,18 @@ from torch.nn import functional
 
 from edge_agent.backends.base import NO_TARGET, TokenBatch
 from shared.adapters import AdapterState, LoraPair
+from shared.classifier_weights import ClassifierTensors
 from shared.terms import LoraTerms, OptimizerTerms
 from tests.support.tiny_models import TinyModel, fresh_adapters
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Summed loss of each step, and every pair after the last, by module."""
+    """Summed loss of each step, every pair after the last by module, a classifier by name."""
 
     losses: tuple[float, ...]
     adapters: dict[str, LoraPair]
+    classifier: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def train_whole(
@@ -32,11 +34,12 @@ def train_whole(
     optimizer: OptimizerTerms,
     clip_at: int | None = None,
     start: AdapterState | None = None,
+    classifier: ClassifierTensors | None = None,
 ) -> Trained:
     """Train one step per batch with PEFT, starting from ``start``, rate falling linearly.
 
-    ``start``: None for `fresh_adapters`. With ``clip_at`` the adapters below that block and
-    those from it on are clipped apart.
+    ``start``: None for `fresh_adapters`; ``classifier``: None for the model's own. With
+    ``clip_at`` the adapters below that block and those from it on are clipped apart.
     """
     peft_model = _peft_model(model, lora)
     if start is None:
@@ -44,7 +47,11 @@ def train_whole(
         fresh = fresh_adapters(model.architecture, lora, blocks=blocks)
         start = {name: adapter.trainable for name, adapter in fresh.items()}
     parameters = _copy_in(peft_model, start)
-    chosen = _torch_optimizer([p for pair in parameters.values() for p in pair], optimizer)
+    saved = _classifier_in(peft_model, model.classifier if classifier is None else classifier)
+    trained = sum(p.requires_grad for p in peft_model.parameters())
+    assert trained == 2 * len(parameters) + len(saved), "PEFT trains something else than we do"
+    everything = [*(p for pair in parameters.values() for p in pair), *saved.values()]
+    chosen = _torch_optimizer(everything, optimizer)
     steps = len(batches)
     rates = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: 1 - step / steps)
     losses = []
@@ -64,7 +71,8 @@ def train_whole(
         rates.step()
         chosen.zero_grad()
         losses.append(float(loss.detach()))
-    return Trained(tuple(losses), _copy_out(parameters, lora))
+    end = {name: parameter.detach().numpy() for name, parameter in saved.items()}
+    return Trained(tuple(losses), _copy_out(parameters, lora), end)
 
 
 def _peft_model(model: TinyModel, lora: LoraTerms) -> torch.nn.Module:
@@ -79,7 +87,7 @@ def _peft_model(model: TinyModel, lora: LoraTerms) -> torch.nn.Module:
             rank_pattern=dict(lora.rank_pattern),
             alpha_pattern=dict(lora.alpha_pattern),
             fan_in_fan_out=model.config["model_type"] == "gpt2",
-            task_type="CAUSAL_LM",
+            task_type="SEQ_CLS" if model.architecture.classifies else "CAUSAL_LM",
         )
         # eval: the base's own dropouts are off, as on both sides of the cut.
         return peft.get_peft_model(model.hugging_face(), config).eval()
@@ -96,8 +104,18 @@ def _copy_in(
         b_OR.data.copy_(torch.from_numpy(pair.b_OR))
         assert module.scaling["default"] == pair.scaling
         parameters[name] = (a_RI, b_OR)
-    trained = sum(p.requires_grad for p in peft_model.parameters())
-    assert trained == 2 * len(parameters), "PEFT adapts other modules than we do"
+    return parameters
+
+
+def _classifier_in(
+    peft_model: torch.nn.Module, start: ClassifierTensors
+) -> dict[str, torch.nn.Parameter]:
+    parameters = {}
+    for name, weight in start.items():
+        module, _, inside = name.partition(".")
+        saved = peft_model.get_submodule(f"base_model.model.{module}").modules_to_save["default"]
+        parameters[name] = saved.get_parameter(inside)
+        parameters[name].data.copy_(torch.from_numpy(np.array(weight)))
     return parameters
 
 
@@ -126,18 +144,33 @@ def _torch_optimizer(
 
 def summed_loss(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
     """Return the summed cross entropy of a batch under a whole Hugging Face or PEFT model."""
-    shape = (len(batch.lengths), max(batch.lengths))
-    input_ids, attention_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
-    labels = torch.full(shape, NO_TARGET)
+    logits = logits_of(model, batch)
+    if logits.ndim == 2:  # a classifier's
+        classes = torch.from_numpy(batch.labels[batch.labels != NO_TARGET].astype(np.int64))
+        return functional.cross_entropy(logits, classes, reduction="sum")
+    flat = logits.reshape(-1, logits.shape[-1])
+    labels = _padded(batch, batch.labels, filler=NO_TARGET).reshape(-1)
+    return functional.cross_entropy(flat, labels, ignore_index=NO_TARGET, reduction="sum")
+
+
+def logits_of(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """Return what the whole model says of a batch, which is padded as people do it."""
+    padding = getattr(model.config, "pad_token_id", None) or 0
+    inputs = {
+        "input_ids": _padded(batch, batch.input_ids, filler=padding),
+        "attention_mask": _padded(batch, np.ones_like(batch.input_ids), filler=0),
+    }
+    if batch.token_types is not None and model.config.model_type == "bert":
+        inputs["token_type_ids"] = _padded(batch, batch.token_types, filler=0)
+    logits: torch.Tensor = model(**inputs).logits
+    return logits
+
+
+def _padded(batch: TokenBatch, packed: np.ndarray, *, filler: int) -> torch.Tensor:
+    padded = torch.full((len(batch.lengths), max(batch.lengths)), filler)
     start = 0
     for row, length in enumerate(batch.lengths):
-        tokens = slice(start, start + length)
-        input_ids[row, :length] = torch.from_numpy(batch.input_ids[tokens].astype(np.int64))
-        labels[row, :length] = torch.from_numpy(batch.labels[tokens].astype(np.int64))
-        attention_mask[row, :length] = 1
+        tokens = packed[start : start + length].astype(np.int64)
+        padded[row, :length] = torch.from_numpy(tokens)
         start += length
-    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
-    flat = logits.reshape(-1, logits.shape[-1])
-    return functional.cross_entropy(
-        flat, labels.reshape(-1), ignore_index=NO_TARGET, reduction="sum"
-    )
+    return padded

@@ -34,10 +34,11 @@ from shared.architecture import ModelArchitecture
 from shared.errors import HsplitError
 from shared.protocol.messages import DeviceId, DeviceProfile
 from shared.protocol.topics import agent_filters, coordinator_filters
+from shared.terms import TrainingChoices
 from shared.transport.link import MessageLink
 from shared.transport.memory import DEFAULT_MAX_PAYLOAD_BYTES, Faults, MemoryBroker, MemoryTransport
 from tests.support.fake_clock import FakeClock
-from tests.support.tiny_models import tiny_model
+from tests.support.tiny_models import CLASSES, ENCODERS, tiny_model
 from tests.support.vocabularies import byte_level
 
 WORDS = (
@@ -46,10 +47,15 @@ WORDS = (
 )  # fmt: skip
 
 
+CLASSIFICATION = TrainingChoices(task="classification", classes=CLASSES)
+
+
 def write_model(folder: Path, family: str, **changes: Any) -> Path:
     """Write a random tiny model with a tokenizer as a Hugging Face folder."""
     tokenizer = byte_level()
     words = tokenizer.get_vocab_size()
+    if family in ENCODERS:
+        changes = {"training": CLASSIFICATION, **changes}
     model = tiny_model(family, vocab_size=words, **changes)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(model.config)))
@@ -71,6 +77,25 @@ def write_text(path: Path, *, lines: int, seed: int) -> Path:
         {"prompt": words(2 + i % 3) + " ->", "completion": " " + words(3 + i % 4)}
         for i in range(lines)
     ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def write_labelled(path: Path, *, lines: int, seed: int) -> Path:
+    """Write a JSONL file of pairs of short sentences, whose class shows in their words."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(count: int, own: Sequence[str]) -> str:
+        chosen = torch.randint(0, len(own), (count,), generator=generator)
+        return " ".join(own[i] for i in chosen)
+
+    size = len(WORDS) // len(CLASSES)
+    rows = []
+    for line in range(lines):
+        label = int(torch.randint(0, len(CLASSES), (1,), generator=generator))
+        own = WORDS[label * size : (label + 1) * size]
+        texts = {"text": words(3 + line % 3, own), "text_pair": words(3 + line % 4, own)}
+        rows.append({**texts, "label": label if line % 2 else CLASSES[label]})
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
 
@@ -141,8 +166,11 @@ class Simulation:
         self.coordinator_transport = MemoryTransport(self.broker, name="coordinator")
         link = MessageLink(self.coordinator_transport, self.clock)
         link.start(coordinator_filters(settings.run_id), timeout_s=1)
-        store = ModelStore.open(settings.model.name, cache_folder=self.folder / "store")
-        architecture = ModelArchitecture.from_config(store.config)
+        training = settings.training
+        store = ModelStore.open(
+            settings.model.name, cache_folder=self.folder / "store", training=training
+        )
+        architecture = ModelArchitecture.from_config(store.config, training)
         model = GlobalModel(settings, store, architecture)
         writer = MetricsWriter(
             settings.run_folder,
@@ -180,7 +208,8 @@ class Simulation:
         """Start an agent; the name alone decides its text, unless ``seed`` does."""
         device = DeviceId(name)
         chosen = sum(name.encode()) if seed is None else seed
-        text = write_text(self.folder / f"{name}.jsonl", lines=lines, seed=chosen)
+        write = write_text if self.config.training.task == "causal-lm" else write_labelled
+        text = write(self.folder / f"{name}.jsonl", lines=lines, seed=chosen)
         loaded = records.load(text, evaluation_data=None, evaluation_fraction=0.25)
         instance = new_instance()
         transport = MemoryTransport(

@@ -16,6 +16,8 @@ from coordinator.server_training import (
 from edge_agent.backends.base import MicroBatch, TokenBatch
 from edge_agent.backends.torch_backend import TorchBackend
 from shared.adapters import HeldAdapters, LoraPair
+from shared.class_counts import ClassCounts
+from shared.classifier_weights import ClassifierTensors
 from shared.protocol.messages import DeviceId
 from shared.protocol.tensors import TensorFrame, pack
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
@@ -50,6 +52,8 @@ class SplitSystem:
                 optimizer=optimizer,
             )
             backend.set_adapters(_fresh(model, lora, range(split_layer)), fold=False)
+            if head and model.classifier:
+                backend.set_classifier(model.classifier)
             self.devices[name] = backend
         first = min(split_layers.values())
         self.server: ServerTrainer | None = None
@@ -64,6 +68,8 @@ class SplitSystem:
                 device="cpu",
             )
             self.server.set_adapters(_fresh(model, lora, range(first, self.blocks)), fold=False)
+            if training.labels == "server":
+                self.server.set_classifier(model.classifier)
 
     def alone(self, device: str) -> bool:
         return self.split_layers[device] == self.blocks and self.training.labels == "device"
@@ -127,9 +133,17 @@ class SplitSystem:
 
     def evaluate(self, device: str, batch: TokenBatch) -> float:
         """Return the summed loss of one evaluation micro-batch."""
+        return self.evaluate_with_counts(device, batch)[0]
+
+    def evaluate_with_counts(self, device: str, batch: TokenBatch) -> tuple[float, ClassCounts]:
+        """Return the summed loss of one evaluation micro-batch, and how a classifier chose."""
+        loss, counts = self._evaluate(device, batch)
+        return loss, counts or self.devices[device].take_counts()
+
+    def _evaluate(self, device: str, batch: TokenBatch) -> tuple[float, ClassCounts]:
         backend, key = self.devices[device], MicroBatch(0, 0)
         if self.alone(device):
-            return backend.whole(key, batch, train=False)
+            return backend.whole(key, batch, train=False), ()
         assert self.server is not None
         hidden = backend.forward(key, batch, train=False)
         labels = pack(batch.labels) if self.training.labels == "server" else None
@@ -141,9 +155,9 @@ class SplitSystem:
         )
         result = self.server.evaluate(DeviceId(device), sent)
         if isinstance(result, LossResult):
-            return result.loss_sum
+            return result.loss_sum, result.counts
         assert isinstance(result, HiddenResult)
-        return backend.head(key, result.hidden, train=False)[0]
+        return backend.head(key, result.hidden, train=False)[0], ()
 
     def _start(
         self, device: str, key: MicroBatch, sent: MicroBatchInput
@@ -159,6 +173,13 @@ class SplitSystem:
         if self.server is not None:
             holders["server"] = self.server.adapters()
         return {(name, m): pair for name, held in holders.items() for m, pair in held.items()}
+
+    def classifiers(self) -> dict[str, ClassifierTensors]:
+        """Return the classifier of every holder that has one."""
+        held = {name: backend.classifier() for name, backend in self.devices.items()}
+        if self.server is not None:
+            held["server"] = self.server.classifier()
+        return {name: weights for name, weights in held.items() if weights}
 
 
 def tokens_of(batches: Iterable[TokenBatch]) -> int:

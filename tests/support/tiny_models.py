@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from edge_agent.backends.base import NO_TARGET, FrontBase, TokenBatch
 from shared.adapters import HeldAdapters, LoraPair, ModuleAdapter
 from shared.architecture import ModelArchitecture
-from shared.terms import LoraTerms
+from shared.classifier_weights import ClassifierTensors
+from shared.terms import LoraTerms, TrainingChoices
 
 VOCAB_SIZE = 101
 _GATED = {
@@ -51,22 +52,55 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 """config.json by family: grouped queries, biases (qwen2), tied (gpt2, qwen2) and untied heads."""
 
 FAMILIES = tuple(CONFIGS)
+"""Those that write text."""
+
+PADDING = 1
+_BERT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 70,
+    "pad_token_id": PADDING,
+    # At 0.02 attention is the same everywhere, and Adam divides the queries' gradients by less
+    # than its epsilon.
+    "initializer_range": 0.2,
+}
+ENCODERS: Mapping[str, Mapping[str, Any]] = {
+    "bert": {"model_type": "bert", **_BERT, "type_vocab_size": 2},
+    "roberta": {"model_type": "roberta", **_BERT, "type_vocab_size": 1},
+}
+"""Dropouts stay at their 0.1, which must not act in training either."""
+
+CLASSIFYING = (*FAMILIES, *ENCODERS)
+CLASSES = ("no", "maybe", "yes")
 
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model with random weights: its config, tensors by full name, and architecture."""
+    """A model with random weights: its config, tensors by full name, and architecture.
+
+    ``training``: the task that it is for; None: to write text.
+    """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
+    training: TrainingChoices | None = None
 
     @property
     def architecture(self) -> ModelArchitecture:
-        return ModelArchitecture.from_config(self.config)
+        return ModelArchitecture.from_config(self.config, self.training)
+
+    @property
+    def classifier(self) -> ClassifierTensors:
+        """The random weights of its classifier, if it has one."""
+        shapes = self.architecture.classifier_shapes()
+        return {name: self.tensors[name].numpy() for name in shapes}
 
     def hugging_face(self) -> transformers.PreTrainedModel:
         """Return a new plain Hugging Face model with these weights, in eval mode."""
-        model = _plain(self.config)
+        model = _plain(self.config, self.architecture)
         model.load_state_dict({name: tensor.clone() for name, tensor in self.tensors.items()})
         model.tie_weights()
         return model.eval()
@@ -91,17 +125,43 @@ class TinyModel:
         )
 
 
-def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> TinyModel:
+def tiny_model(
+    family: str, *, seed: int = 0, training: TrainingChoices | None = None, **changes: Any
+) -> TinyModel:
     """Return a model of ``family``; ``changes`` replace entries of its config."""
-    config = {**CONFIGS[family], **changes}
+    config = {**{**CONFIGS, **ENCODERS}[family], **changes}
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    model = _plain(config)
+    model = _plain(config, ModelArchitecture.from_config(config, training))
     # Biases and norms start at 0 and 1, where an error in them would not show.
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     torch.random.set_rng_state(state)
-    return TinyModel(config, {n: t.detach().clone() for n, t in model.state_dict().items()})
+    tensors = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    return TinyModel(config, tensors, training)
+
+
+def tiny_classifier(family: str, *, seed: int = 0, **changes: Any) -> TinyModel:
+    """Return a model of ``family`` that tells `CLASSES` apart."""
+    training = TrainingChoices(task="classification", classes=CLASSES)
+    changes = {"pad_token_id": PADDING, **changes}
+    return tiny_model(family, seed=seed, training=training, **changes)
+
+
+def classified_batch(
+    lengths: tuple[int, ...], architecture: ModelArchitecture, *, seed: int = 0
+) -> TokenBatch:
+    """Return random pairs of texts of these lengths, each with a random class."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(PADDING + 1, VOCAB_SIZE, sum(lengths), dtype=np.int32)
+    labels = np.full(sum(lengths), NO_TARGET, dtype=np.int32)
+    types = np.zeros(sum(lengths), dtype=np.int32)
+    ends = np.cumsum(lengths)
+    for length, end in zip(lengths, ends, strict=True):
+        first = architecture.family.classifier.reads == "first"
+        labels[end - length if first else end - 1] = random.integers(architecture.class_count)
+        types[end - length // 2 : end] = 1
+    return TokenBatch(tokens, labels, lengths, types)
 
 
 def tiny_batch(
@@ -124,7 +184,8 @@ def cut(batch: TokenBatch, micro_batch: int) -> Iterator[TokenBatch]:
     for first in range(0, len(batch.lengths), micro_batch):
         lengths = batch.lengths[first : first + micro_batch]
         rows = slice(ends[first], ends[first + len(lengths)])
-        yield TokenBatch(batch.input_ids[rows], batch.labels[rows], lengths)
+        types = None if batch.token_types is None else batch.token_types[rows]
+        yield TokenBatch(batch.input_ids[rows], batch.labels[rows], lengths, types)
 
 
 def fresh_adapters(
@@ -143,8 +204,11 @@ def fresh_adapters(
     return adapters
 
 
-def _plain(config: Mapping[str, Any]) -> transformers.PreTrainedModel:
+def _plain(
+    config: Mapping[str, Any], architecture: ModelArchitecture
+) -> transformers.PreTrainedModel:
     parsed = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    name = ModelArchitecture.from_config(config).family.causal_lm
-    model: transformers.PreTrainedModel = getattr(transformers, name)(parsed)
+    if architecture.classifies:
+        parsed.num_labels = architecture.class_count
+    model: transformers.PreTrainedModel = getattr(transformers, architecture.model_class)(parsed)
     return model

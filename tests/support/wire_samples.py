@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from shared.class_counts import ClassCount
 from shared.protocol import chunking, codec
 from shared.protocol.messages import (
     Accepted,
@@ -43,6 +44,7 @@ from shared.protocol.messages import (
     RoundStart,
     RunId,
     SessionId,
+    WeightTensor,
     Welcome,
 )
 from shared.protocol.profile import (
@@ -71,6 +73,13 @@ _ADAPTER = AdapterTensors(
     scaling=2.0,
     frozen_a=pack(np.array([[3.0, 0.0]], np.float32)),
     frozen_b=pack(np.array([[1.0], [0.0], [-1.0]], np.float32)),
+)
+_COUNTS = (
+    ClassCount(actual=40, predicted=38, true_positives=30),
+    ClassCount(actual=20, predicted=22, true_positives=12),
+)
+_CLASSIFIER = (
+    WeightTensor(name="score.weight", data=pack(np.array([[0.5, -1.0], [2.0, 0.25]], np.float32))),
 )
 
 
@@ -178,6 +187,7 @@ _ALL: tuple[Any, ...] = (
         sequences=60,
         importance={_MODULE: 0.75},
         probe_tokens=33,
+        counts=_COUNTS,
     ),
     RoundResult(
         call=_call(7),
@@ -188,6 +198,7 @@ _ALL: tuple[Any, ...] = (
         steps=20,
         busy_s=3.25,
         compute_s=1.5,
+        classifier=_CLASSIFIER,
     ),
     Heartbeat(session=_SESSION, awaiting=(3, 5), telemetry=_TELEMETRY),
     Leave(session=_SESSION, reason="stopped by SIGTERM"),
@@ -205,7 +216,14 @@ _ALL: tuple[Any, ...] = (
             eos_token_id=50_256,
             special_tokens={"eos_token": "<|endoftext|>"},
         ),
-        training=TrainingTerms(labels="server", max_length=256, seed=3, total_steps=100),
+        training=TrainingTerms(
+            task="classification",
+            classes=("no", "yes"),
+            labels="server",
+            max_length=256,
+            seed=3,
+            total_steps=100,
+        ),
         lora=LoraTerms(r=4, rank_pattern={"c_attn": 16}, alpha_pattern={"c_fc": 8.0}),
         optimizer=OptimizerTerms(learning_rate=1e-3, warmup_steps=10, schedule="cosine"),
         measure_at=4,
@@ -234,10 +252,11 @@ _ALL: tuple[Any, ...] = (
         fold=True,
         first_sequence=160,
         probe_sequences=8,
+        classifier=_CLASSIFIER,
     ),
     Hidden(call=_call(4), hidden=_HIDDEN),
     ActivationGradients(call=_call(5), gradient=_HIDDEN, loss_sum=12.5),
-    EvaluatedLoss(call=_call(6), loss_sum=310.5),
+    EvaluatedLoss(call=_call(6), loss_sum=310.5, counts=_COUNTS),
     Accepted(call=_call(6)),
     Finished(call=_call(7), reason="the run is complete"),
     Resend(session=_SESSION, numbers=(3, 4)),

@@ -222,7 +222,7 @@ def test_a_hub_model_in_the_cache_is_found_with_its_commit(tmp_path, monkeypatch
 
 def test_an_unsupported_architecture_is_refused_with_the_list_of_supported_ones(tmp_path):
     folder = write(tmp_path / "base", tiny_model("gpt2"))
-    transformers.BertConfig(hidden_size=32).save_pretrained(folder)
+    transformers.BloomConfig(hidden_size=32).save_pretrained(folder)
     with pytest.raises(ModelError, match=r"gpt2.*llama.*qwen2.*qwen3"):
         open_store(folder)
 
