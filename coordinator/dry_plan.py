@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from coordinator import strategies
 from coordinator.model_folder import find_model, read_texts
 from coordinator.planning.conditions import Conditions, FleetDevice
 from coordinator.planning.planner import FleetPlan, plan_fleet
@@ -37,6 +38,7 @@ def plan(
     """
     model = find_model(settings.model.name, revision=settings.model.revision)
     architecture = ModelArchitecture.from_config(read_texts(model).config)
+    settings = strategies.applied(settings, block_count=architecture.block_count)
     architecture.check_max_length(settings.training.max_length)
     read = {path: _read(path, architecture, settings) for path in profiles}
     _check_devices(read)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from coordinator import checkpoints, report_page, run_folder
+from coordinator import checkpoints, report_page, run_folder, strategies
 from coordinator.checkpoints import Checkpoint
 from coordinator.coordinator import RUN_COMPLETE, Coordinator
 from coordinator.embedded_broker import EmbeddedBroker
@@ -144,6 +144,8 @@ def _prepared(settings: CoordinatorSettings, *, resume: bool) -> _Start:
         cache_folder=base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "pieces",
     )
     settings = _with_resolved_model(settings, store)
+    blocks = ModelArchitecture.from_config(store.config).block_count
+    settings = strategies.applied(settings, block_count=blocks)
     architecture = _checked_architecture(settings, store)
     if checkpoint is not None:
         run_folder.check_fits(checkpoint, settings, base=store.fingerprint)
@@ -300,6 +302,7 @@ def _card(
     return ModelCard(
         base_model=settings.model.name,
         run_id=settings.run_id,
+        strategy=f"{settings.strategy}, {strategies.STRATEGIES[settings.strategy].paper}",
         hand_back=settings.aggregation.hand_back,
         labels=settings.training.labels,
         rounds=rounds,

@@ -88,6 +88,7 @@ class ServerTrainer:
             dtype=DTYPES[training.dtype],
             device=compute_device(device),
             lora_dropout=lora.lora_dropout,
+            freeze_a=lora.freeze_a,
         )
         head = training.labels == "server"
         self._back = build_back(
@@ -264,7 +265,7 @@ class ServerTrainer:
     ) -> TensorFrame:
         """Add the adapter's gradients to the device's share; return that of what came in."""
         factors = self._back.adapters.parameters().values()
-        parameters = [parameter for pair in factors for parameter in pair]
+        parameters = [one for pair in factors for one in pair if one.requires_grad]
         received, *gradients = torch.autograd.grad(
             output, [forward.received_ND, *parameters], outer, allow_unused=True
         )

@@ -114,6 +114,7 @@ class TorchBackend:
                 dtype=DTYPES[training.dtype],
                 device=self._device,
                 lora_dropout=lora.lora_dropout,
+                freeze_a=lora.freeze_a,
             ),
         )
         front.architecture.check_max_length(training.max_length)

@@ -31,11 +31,12 @@ from shared.modeling.skeleton import Tensors, materialise
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where a part lives, in which dtype, and with how much LoRA dropout."""
+    """Where a part lives, in which dtype, and what is to be known of its adapters."""
 
     dtype: torch.dtype
     device: torch.device
     lora_dropout: float = 0.0
+    freeze_a: bool = False
 
 
 class ModelPart(nn.Module):
@@ -70,7 +71,9 @@ class ModelPart(nn.Module):
             dtype=placement.dtype,
             device=placement.device,
         )
-        self.adapters = PartAdapters(self.skeleton, dropout=placement.lora_dropout)
+        self.adapters = PartAdapters(
+            self.skeleton, dropout=placement.lora_dropout, freeze_a=placement.freeze_a
+        )
         self._config: Any = self.skeleton.config
 
     def run_blocks(self, hidden_ND: torch.Tensor, packing: Packing, *, first: int) -> torch.Tensor:
