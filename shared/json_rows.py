@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 from shared.errors import DataError
 
@@ -33,7 +34,7 @@ class JsonRow:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[io.BufferedReader]:
     """Yield the file, to be read as bytes.
 
     Raises:
@@ -48,7 +49,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
 
 
-def rows(file: BinaryIO, path: Path) -> Iterator[JsonRow]:
+def rows(file: io.BufferedReader, path: Path) -> Iterator[JsonRow]:
     """Yield every row of ``file`` from its beginning; ``path`` is its name in errors.
 
     Raises:

@@ -51,6 +51,10 @@ COORDINATOR = {
     "demo": {"--folder", "--labels", "--rounds", "--log-level", "--log-format"},
     "export": {"run_folder", "--to", "--merged"},
     "report": {"run_folder", "--to"},
+    "shard": {
+        *("data", "--to", "--devices", "--by", "--column", "--alpha", "--sizes", "--seed"),
+        "--min-records",
+    },
     "health": {"--run-folder", "--max-age-s"},
 }
 
