@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from coordinator import checkpoints
+from coordinator import checkpoints, strategies
 from coordinator.coordinator import Coordinator
 from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
@@ -123,7 +123,7 @@ class Simulation:
         model = self.folder / "base"
         if not model.exists():
             write_model(model, self.family, **self.model_changes)
-        self.config = CoordinatorSettings(
+        stated = CoordinatorSettings(
             **{
                 "run": {"id": "sim", "folder": self.folder / "runs"},
                 "model": {"name": str(model)},
@@ -132,6 +132,8 @@ class Simulation:
                 **self.settings,
             }
         )
+        shape = ModelArchitecture.from_config(json.loads((model / "config.json").read_text()))
+        self.config = strategies.applied(stated, block_count=shape.block_count)
         self.devices: dict[str, Device] = {}
         self.folder.joinpath("runs", "sim").mkdir(parents=True, exist_ok=True)
         self.coordinator = self._coordinator()
