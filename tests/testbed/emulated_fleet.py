@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.planning.conditions import Conditions, FleetDevice
-from coordinator.planning.device_plan import DevicePlan, adapted
 from coordinator.planning.prediction import predict
 from coordinator.settings import CoordinatorSettings
 from shared import profile_file
@@ -22,6 +21,7 @@ from shared.architecture import ModelArchitecture
 from shared.protocol.messages import DeviceId
 from shared.protocol.profile import DataShape, ProfileFile
 from tests.support.brokers import wait_until
+from tests.support.fleets import part
 from tests.testbed import large_base
 from tests.testbed.system import ROOT, Process, System
 
@@ -153,12 +153,10 @@ class MemoryModel:
     def needed_bytes(self, *, split_layer: int, micro_batch: int) -> float:
         """Return what a part takes at the most, with `IN_FLIGHT` micro-batches at once."""
         device_id = DeviceId("profiled")
-        lora = self.settings.lora
-        ranks, scalings = adapted(lora, self.architecture, range(split_layer))
-        plan = DevicePlan(
-            split_layer=split_layer,
-            ranks=ranks,
-            scalings=scalings,
+        plan = part(
+            self.architecture,
+            split_layer,
+            lora=self.settings.lora,
             batch=IN_FLIGHT * micro_batch,
             micro_batch=micro_batch,
             in_flight=IN_FLIGHT,
