@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -28,3 +29,10 @@ def probe_spec(folder: Path, *, family: str = "gpt2", **changes: Any) -> ProbeSp
         "length": 16,
     }
     return ProbeSpec(**{**plain, **changes})
+
+
+def first_blocks(spec: ProbeSpec, count: int) -> ProbeSpec:
+    """Return the spec with the first ``count`` blocks alone, as a device fetches them."""
+    held = {f"block.{block}" for block in range(count)}
+    files = {n: f for n, f in spec.files.items() if not n.startswith("block.") or n in held}
+    return dataclasses.replace(spec, files=files)

@@ -10,7 +10,6 @@ plans under the same prediction. Prints a table, writes build/bench/planner.json
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from shared.architecture import ModelArchitecture
 from shared.terms import LabelMode, TrainingTerms
 from tests.support import brute_force
 from tests.support.fleets import Machine, conditions, device, llama
-from tests.testbed.system import ROOT
+from tests.testbed.bench_report import write_report
 
 AIM_RATIO = 1.01
 AIM_SECONDS = 5.0
@@ -130,7 +129,8 @@ def main() -> None:
     _print_small(rows, searched_s)
     fleets = large(random, options)
     _print_large(fleets)
-    _write({"options": vars(options), "small": _data(rows), "large": _data(fleets)})
+    found = {"options": vars(options), "small": _data(rows), "large": _data(fleets)}
+    write_report("planner", found)
 
 
 def _print_small(rows: list[Small], seconds: float) -> None:
@@ -155,13 +155,6 @@ def _print_large(rows: list[Large]) -> None:
 
 def _data(rows: list[Any]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
-
-
-def _write(data: dict[str, Any]) -> None:
-    target = ROOT / "build" / "bench" / "planner.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(data, indent=2) + "\n")
-    print(f"written: {target.relative_to(ROOT)}")
 
 
 def _options() -> argparse.Namespace:

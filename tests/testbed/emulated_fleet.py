@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
@@ -50,6 +51,17 @@ class Device:
     speed: float
     mbit_per_s: float
     most_sequences: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What the runs of a benchmark have in common: where they are, and its command line."""
+
+    folder: Path
+    url: str
+    base: Path
+    text: Path
+    options: argparse.Namespace
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,11 @@ def run_settings(base: Path, *, devices: int, plan: Mapping[str, Any], rounds: i
         "report_to": [],
         "threads": 1,
     }
+
+
+def planned_plan(batch: int) -> dict[str, Any]:
+    """Return the plan settings that leave everything to the planner but the mean batch."""
+    return {"batch": batch, "probe_sequences": 0, "ranks": "uniform"}
 
 
 def emulation(device: Device, *, scale: float, memory_bytes: int | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from shared.memory_use import resident_bytes
 from shared.protocol.tensors import TensorFrame
 from shared.terms import TrainingTerms
 from tests.support.fake_clock import FakeClock
-from tests.support.probe_specs import probe_spec
+from tests.support.probe_specs import first_blocks, probe_spec
 from tests.support.tiny_models import FAMILIES
 
 MIB = 2**20
@@ -26,14 +25,7 @@ MIB = 2**20
 
 def spec(folder: Path, *, blocks: int = 3, **changes: Any) -> ProbeSpec:
     """Return what a probe is told of a model's first ``blocks``."""
-    whole = probe_spec(folder, **{"budget_s": 500.0, **changes})
-    there = {f"block.{block}" for block in range(blocks)}
-    files = {
-        name: path
-        for name, path in whole.files.items()
-        if not name.startswith("block.") or name in there
-    }
-    return dataclasses.replace(whole, files=files)
+    return first_blocks(probe_spec(folder, **{"budget_s": 500.0, **changes}), blocks)
 
 
 def run(spec: ProbeSpec, backend: TorchBackend | None = None) -> list[ProbeLine]:
