@@ -51,6 +51,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--run-id", help="name of the run and of its folder (run.id)")
     parser.add_argument("--model", help="base model: a hub name or a folder (model.name)")
+    parser.add_argument("--strategy", help="the method, such as splitlora (strategy)")
     parser.add_argument("--broker", metavar="URL", help="mqtt://… or mqtts://… (broker.url)")
     _add_logging(parser)
     parser.set_defaults(command=_run)
@@ -79,6 +80,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--labels", choices=["device", "server"], default="device")
     parser.add_argument("--rounds", type=_at_least_one, help="how many rounds (default: 4)")
+    parser.add_argument("--strategy", default="hsplitlora", help="the method, such as splitlora")
     _add_logging(parser)
     parser.set_defaults(command=_demo)
 
@@ -148,6 +150,7 @@ def _run(arguments: argparse.Namespace) -> None:
     flags = [
         Flag("--run-id", "run.id", arguments.run_id),
         Flag("--model", "model.name", arguments.model),
+        Flag("--strategy", "strategy", arguments.strategy),
         Flag("--broker", "broker.url", arguments.broker),
         Flag("--log-level", "log_level", arguments.log_level),
         Flag("--log-format", "log_format", arguments.log_format),
@@ -178,7 +181,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     from coordinator.demo import run  # noqa: PLC0415
 
     logs.set_up(arguments.log_level or "info", arguments.log_format or "text")
-    run.demo(arguments.folder, SystemClock(), labels=arguments.labels, rounds=arguments.rounds)
+    wanted = run.Wanted(
+        labels=arguments.labels, rounds=arguments.rounds, strategy=arguments.strategy
+    )
+    run.demo(arguments.folder, SystemClock(), wanted)
 
 
 def _export(arguments: argparse.Namespace) -> None:

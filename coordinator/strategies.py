@@ -53,6 +53,18 @@ STRATEGIES: Mapping[StrategyName, Strategy] = {
 """Every strategy, by its name in ``run.yaml``."""
 
 
+def named(name: str) -> StrategyName:
+    """Return ``name``, if it is a strategy's.
+
+    Raises:
+        ConfigError: it is none; the message lists all.
+    """
+    for known in STRATEGIES:
+        if known == name:
+            return known
+    raise ConfigError(f"there is no strategy {name!r}: choose one of {', '.join(STRATEGIES)}")
+
+
 def applied(settings: CoordinatorSettings, *, block_count: int) -> CoordinatorSettings:
     """Return ``settings`` with all that their strategy decides, for a model of so many blocks.
 
