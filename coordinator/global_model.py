@@ -152,7 +152,7 @@ class GlobalModel:
             training=self._settings.training_terms,
             lora=self._settings.lora,
             optimizer=self._settings.optimizer,
-            device=None if self._settings.device == "auto" else self._settings.device,
+            device=self._settings.compute_device,
         )
         held = self._architecture.block_count - first_block
         logger.info("the server holds the last %d of %d blocks", held, held + first_block)

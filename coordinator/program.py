@@ -29,7 +29,7 @@ from coordinator.settings import CoordinatorSettings
 from shared import health, logs
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
-from shared.config import BrokerSettings, base_folder
+from shared.config import BrokerSettings
 from shared.errors import HsplitError, StorageError
 from shared.protocol.profile import Measurements
 from shared.protocol.topics import coordinator_filters
@@ -138,11 +138,7 @@ class _Start:
 
 def _prepared(settings: CoordinatorSettings, *, resume: bool) -> _Start:
     checkpoint = run_folder.opened(settings.run_folder, resume=resume)
-    store = ModelStore.open(
-        settings.model.name,
-        revision=settings.model.revision,
-        cache_folder=base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "pieces",
-    )
+    store = ModelStore.of(settings)
     settings = _with_resolved_model(settings, store)
     blocks = ModelArchitecture.from_config(store.config).block_count
     settings = strategies.applied(settings, block_count=blocks)
@@ -158,16 +154,7 @@ def _fleet(start: _Start, clock: Clock) -> Fleet:
     settings, store = start.settings, start.store
 
     def measure(micro_batch: int, length: int) -> Measurements:
-        work = ServerWork(
-            config=store.config,
-            tensors=store.tensors(),
-            training=settings.training_terms,
-            lora=settings.lora,
-            optimizer=settings.optimizer,
-            micro_batch=micro_batch,
-            length=length,
-            device=None if settings.device == "auto" else settings.device,
-        )
+        work = ServerWork.of(settings, store, micro_batch=micro_batch, length=length)
         return measure_server(work, clock, memory_bytes=settings.memory_limit)
 
     fleet = Fleet(settings, start.architecture, measure_server=measure)

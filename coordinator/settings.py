@@ -218,6 +218,11 @@ class CoordinatorSettings(HsplitSettings):
         return TrainingTerms(**asdict(self.training), total_steps=self.total_steps)
 
     @property
+    def compute_device(self) -> str | None:
+        """Where the server computes, in torch's words; None: on a GPU where there is one."""
+        return None if self.device == "auto" else self.device
+
+    @property
     def run_id(self) -> RunId:
         """The run's id.
 
