@@ -77,10 +77,14 @@ def random_fleet(
     ]
 
 
-def run(architecture: ModelArchitecture, labels: LabelMode, *, speed: float) -> Conditions:
-    """Return a run whose server has this speed."""
+def run(
+    architecture: ModelArchitecture, labels: LabelMode, *, speed: float, open_: int
+) -> Conditions:
+    """Return a run whose server has this speed, and so many micro-batches open at once."""
     training = TrainingTerms(max_length=128, labels=labels)
-    return conditions(architecture, server=Machine(speed=speed), training=training)
+    return conditions(
+        architecture, server=Machine(speed=speed), training=training, open_micro_batches=open_
+    )
 
 
 def small(random: np.random.Generator, options: argparse.Namespace) -> list[Small]:
@@ -91,7 +95,8 @@ def small(random: np.random.Generator, options: argparse.Namespace) -> list[Smal
         labels = LABELS[index // len(SMALL) % 2]
         architecture = llama(blocks)
         devices = random_fleet(random, architecture, count=count, batch=batch)
-        conditions_ = run(architecture, labels, speed=10 ** random.uniform(-1.3, 1))
+        speed = 10 ** random.uniform(-1.3, 1)
+        conditions_ = run(architecture, labels, speed=speed, open_=options.open)
         plan = plan_fleet(devices, conditions_)
         there = [one for one in devices if one.device_id in plan.plans]
         ratio = plan.predicted_step_s / brute_force.best_step_s(there, conditions_)
@@ -105,7 +110,7 @@ def large(random: np.random.Generator, options: argparse.Namespace) -> list[Larg
     for labels in LABELS:
         architecture = llama(BLOCKS)
         devices = random_fleet(random, architecture, count=options.devices, batch=BATCH)
-        conditions_ = run(architecture, labels, speed=50.0)
+        conditions_ = run(architecture, labels, speed=50.0, open_=options.open)
         times = [time.perf_counter()]
         for one in devices:
             assert one.measurements is not None
@@ -162,6 +167,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--fleets", type=int, default=60)
     parser.add_argument("--devices", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--open", type=int, default=16, help="devices.open_micro_batches")
     return parser.parse_args()
 
 
