@@ -33,6 +33,7 @@ from edge_agent.participation import Parts
 from shared.architecture import ModelArchitecture
 from shared.errors import HsplitError
 from shared.protocol.messages import DeviceId, DeviceProfile
+from shared.protocol.profile import Measurements
 from shared.protocol.topics import agent_filters, coordinator_filters
 from shared.transport.link import MessageLink
 from shared.transport.memory import DEFAULT_MAX_PAYLOAD_BYTES, Faults, MemoryBroker, MemoryTransport
@@ -114,6 +115,7 @@ class Simulation:
     model_changes: Mapping[str, Any] = field(default_factory=dict)
     max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
     share_labels: bool = True
+    measure_server: Callable[[int, int], Measurements] | None = None
 
     def __post_init__(self) -> None:
         self.clock = FakeClock()
@@ -152,7 +154,7 @@ class Simulation:
             tensorboard=False,
             resumed_step=None if resumed is None else resumed.step,
         )
-        self.fleet = Fleet(settings, architecture)
+        self.fleet = Fleet(settings, architecture, measure_server=self.measure_server)
         if resumed is not None:
             model.resume(resumed)
             self.fleet.resume(resumed.state)
@@ -177,13 +179,25 @@ class Simulation:
         )
 
     def add_device(
-        self, name: str, *, lines: int = 24, seed: int | None = None, **profile: Any
+        self,
+        name: str,
+        *,
+        lines: int = 24,
+        seed: int | None = None,
+        text: tuple[Path, Path] | None = None,
+        **profile: Any,
     ) -> Device:
-        """Start an agent; the name alone decides its text, unless ``seed`` does."""
+        """Start an agent on ``text`` (training, held out).
+
+        Without any, the name alone decides its text, unless ``seed`` does.
+        """
         device = DeviceId(name)
-        chosen = sum(name.encode()) if seed is None else seed
-        text = write_text(self.folder / f"{name}.jsonl", lines=lines, seed=chosen)
-        loaded = records.load(text, evaluation_data=None, evaluation_fraction=0.25)
+        if text is None:
+            chosen = sum(name.encode()) if seed is None else seed
+            own = write_text(self.folder / f"{name}.jsonl", lines=lines, seed=chosen)
+            loaded = records.load(own, evaluation_data=None, evaluation_fraction=0.25)
+        else:
+            loaded = records.load(text[0], evaluation_data=text[1], evaluation_fraction=0.0)
         instance = new_instance()
         transport = MemoryTransport(
             self.broker, name=f"{name}-{instance}", will=status_will(device, instance)
