@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || { echo "making .venv with $$python"; "$$python" -m venv .venv; }
 	@index="$$($(BIN)/python .ci/reachable.py '$(TORCH_INDEX)')"; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $${index:+--extra-index-url "$$index"} \
-		--constraint constraints.txt --editable '.[coordinator,dev]'
+		--constraint constraints.txt --editable '.[coordinator,evaluation,dev]'
 	@touch $@
 
 $(STAMP310): pyproject.toml constraints.txt
@@ -121,6 +121,13 @@ bench-fleet: install mosquitto ## Planned fleet of emulated devices against the 
 .PHONY: bench-replan
 bench-replan: install mosquitto ## How soon the plan follows a device that becomes slow (13 min)
 	$(BIN)/python -m tests.testbed.bench_replan $(BENCH_ARGS)
+
+.PHONY: compare compare-full
+compare: install ## Every strategy and ablation side by side, with a page (under 10 min)
+	$(BIN)/python -m tests.testbed.comparison.compare $(BENCH_ARGS)
+compare-full: install ## The same for longer, learning rates tuned for each (a night)
+	$(BIN)/python -m tests.testbed.comparison.compare --name compare-full --rounds 10 --steps 30 \
+		--batch 8 --held-out 144 --learning-rates 2e-3 5e-3 1e-2 $(BENCH_ARGS)
 
 .PHONY: clean
 clean: ## Remove environments, caches and builds; runs/ stays

@@ -122,7 +122,7 @@ def _settings(job: Job, method: Method) -> dict[str, Any]:
         "lora": lora,
         "optimizer": {
             "learning_rate": job.learning_rate,
-            "warmup_steps": 5,
+            "warmup_steps": min(5, job.rounds * job.steps // 4),
             "schedule": "cosine",
             "min_learning_rate_ratio": 0.1,
         },
