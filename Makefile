@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || { echo "making .venv with $$python"; "$$python" -m venv .venv; }
 	@index="$$($(BIN)/python .ci/reachable.py '$(TORCH_INDEX)')"; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $${index:+--extra-index-url "$$index"} \
-		--constraint constraints.txt --editable '.[coordinator,dev]'
+		--constraint constraints.txt --editable '.[coordinator,evaluation,dev]'
 	@touch $@
 
 $(STAMP310): pyproject.toml constraints.txt
@@ -121,6 +121,21 @@ bench-fleet: install mosquitto ## Planned fleet of emulated devices against the 
 .PHONY: bench-replan
 bench-replan: install mosquitto ## How soon the plan follows a device that becomes slow (13 min)
 	$(BIN)/python -m tests.testbed.bench_replan $(BENCH_ARGS)
+
+.PHONY: compare compare-full
+compare: install ## Every strategy and ablation side by side, with a page (under 10 min)
+	$(BIN)/python -m tests.testbed.comparison.compare $(BENCH_ARGS)
+compare-full: install ## The same for longer, learning rates tuned for each (a night)
+	$(BIN)/python -m tests.testbed.comparison.compare --name compare-full --rounds 10 --steps 30 \
+		--batch 8 --held-out 144 --learning-rates 2e-3 5e-3 1e-2 $(BENCH_ARGS)
+
+.PHONY: bench-glue
+bench-glue: install ## MRPC and RTE on a pretrained encoder: DATA=folder with GLUE's MRPC, RTE, QQP
+	@test -n "$(DATA)" || { echo "bench-glue needs GLUE's data, which is not part of hsplit:"; \
+		echo "make bench-glue DATA=/path/to/glue (with MRPC/train.json, MRPC/dev.json and so on)"; exit 2; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[coordinator,encoder]'
+	$(BIN)/python -m tests.testbed.bench_glue --data "$(DATA)" $(BENCH_ARGS)
 
 .PHONY: clean
 clean: ## Remove environments, caches and builds; runs/ stays

@@ -28,8 +28,10 @@ from typing import Final, NamedTuple, TypeAlias
 import numpy as np
 
 from coordinator.factoring import Recompressed, Term, recompress
+from coordinator.lossy import Trained, loss_of_pair, loss_of_svd, mean_pair
 from shared.adapters import AdapterState, Array, FactoredDelta, LoraPair
-from shared.errors import NumericsError, ProtocolError
+from shared.classifier_weights import ClassifierTensors
+from shared.errors import NumericsError, PlanError, ProtocolError
 from shared.terms import HandBackMode
 
 SERVER: Final = "(server)"
@@ -53,11 +55,13 @@ class ModuleUpdate:
     ``total`` is G: base + G is the model. ``handed`` is the G that the adapters now under
     training were cut from at the last hand-back; it lags behind ``total`` where a sole holder
     went on undisturbed. ``sole`` is who had all the weight in the last aggregation, if anyone.
+    ``pair``: the mean factors whose product is ``total``: what `average` and `zero-pad` hand back.
     """
 
     total: FactoredDelta
     handed: FactoredDelta
     sole: Sole | None = None
+    pair: LoraPair | None = None
 
 
 GlobalUpdate: TypeAlias = Mapping[str, ModuleUpdate]
@@ -70,21 +74,28 @@ class Contribution:
 
     ``target_tokens`` over its accepted steps. ``adapters`` are the trained pairs it delivered,
     or None where it trained but was lost, or came too late, before it delivered: its tokens
-    still went through the server's blocks.
+    still went through the server's blocks. ``classifier``: what it delivered of one, where the
+    run classifies and the device has the head (`coordinator.classifier`).
     """
 
     device: str
     split_layer: int
     target_tokens: int
     adapters: AdapterState | None
+    classifier: ClassifierTensors = field(default_factory=dict)
 
 
 class ModuleReport(NamedTuple):
-    """Figures of one module after an aggregation."""
+    """Figures of one module after an aggregation.
+
+    ``relative_error``: of what participants are handed back, to the exact sum; ``exact_norm``:
+    that sum's Frobenius norm.
+    """
 
     rank: int
     norm: float
     relative_error: float
+    exact_norm: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -112,8 +123,15 @@ class Aggregated:
 
     @property
     def largest_error(self) -> float:
-        """The largest relative error that recompression made in this aggregation."""
+        """The largest relative error of any module in this aggregation."""
         return max((report.relative_error for report in self.reports.values()), default=0.0)
+
+    @property
+    def error(self) -> float:
+        """The relative error of all modules together (Frobenius)."""
+        exact = sum(one.exact_norm**2 for one in self.reports.values())
+        lost = sum((one.relative_error * one.exact_norm) ** 2 for one in self.reports.values())
+        return float(np.sqrt(lost / exact)) if exact else 0.0
 
 
 def initial(shapes: Mapping[str, tuple[int, int]]) -> GlobalUpdate:
@@ -162,14 +180,16 @@ def aggregate(
     mode: HandBackMode,
     tolerance: float,
 ) -> Aggregated:
-    """Return the exact weighted mean of all participants' effective weights, module by module.
+    """Return the weighted mean of all participants' effective weights, module by module.
 
+    It is exact but in `average` and `zero-pad`, which are for comparison (see `lossy`).
     ``server`` holds the trained pairs of the server's copy. A participant without a pair for a
     module (rank 0) counts with its frozen part alone. A module of a block that nobody trained
     keeps its update. ``tolerance``: see `recompress`.
 
     Raises:
         NumericsError: a pair's shape is not the weight's, or it is not finite.
+        PlanError: `average`, and a module's pairs have different ranks.
         ProtocolError: a pair for a module that is not part of ``update``.
     """
     pairs = {SERVER: server, **{c.device: c.adapters for c in contributions if c.adapters}}
@@ -181,17 +201,17 @@ def aggregate(
     for module, old in update.items():
         mine = _participants(module, weights[block_of(module)], pairs)
         if not mine:
-            modules[module] = ModuleUpdate(old.total, old.handed)
+            modules[module] = ModuleUpdate(old.total, old.handed, pair=old.pair)
             continue
         try:
             new = _combine(old, mine, mode=mode, tolerance=tolerance)
             if mode == "merge":
                 shape = old.total.shape
                 deltas[module] = recompress(_trained(mine), shape=shape, tolerance=tolerance).delta
-        except NumericsError as error:
-            raise NumericsError(f"{module}: {error}") from error
-        modules[module] = ModuleUpdate(new.delta, old.handed, _sole(mine))
-        reports[module] = ModuleReport(new.delta.rank, new.delta.norm, new.relative_error)
+        except (NumericsError, PlanError) as error:
+            raise type(error)(f"{module}: {error}") from error
+        modules[module] = ModuleUpdate(new.delta, old.handed, _sole(mine), new.pair)
+        reports[module] = new.report
     return Aggregated(
         update=MappingProxyType(modules), deltas=deltas, weights=weights, reports=reports
     )
@@ -206,6 +226,10 @@ class _Participant(NamedTuple):
     def rank(self) -> int:
         return self.pair.rank if self.pair else 0
 
+    def pair_or_none_of(self, shape: tuple[int, int]) -> LoraPair:
+        """Return the pair, or one of rank 0 of a weight of ``shape`` (out, in)."""
+        return self.pair or LoraPair(np.zeros((0, shape[1])), np.zeros((shape[0], 0)), 1.0)
+
 
 def _participants(
     module: str, weights: Mapping[str, float], pairs: Mapping[str, AdapterState]
@@ -216,24 +240,48 @@ def _participants(
     )
 
 
+class _Combined(NamedTuple):
+    delta: FactoredDelta
+    report: ModuleReport
+    pair: LoraPair | None = None
+
+
 def _combine(
     old: ModuleUpdate, mine: Sequence[_Participant], *, mode: HandBackMode, tolerance: float
-) -> Recompressed:
+) -> _Combined:
     """Return the new G of one module.
 
-        residual:  G' = U diag(S_j (1 - q_j)) Vᵀ + Σ_i p_i s_i B_i A_i
-        merge:     G' = U diag(S_j)           Vᵀ + Σ_i p_i s_i B_i A_i
+        residual:       G' = U diag(S_j (1 - q_j)) Vᵀ + Σ_i p_i s_i B_i A_i
+        merge:          G' = U diag(S_j)           Vᵀ + Σ_i p_i s_i B_i A_i
+        all others:     G' =                            Σ_i p_i s_i B_i A_i,  or B̄ Ā for it
 
     Symbols: U S Vᵀ the update that was last handed back, whose top r_i singular directions
     participant i trained on from; q_j = Σ p_i over participants with r_i > j (j from 0), so
     1 - q_j is the weight of those who hold direction j frozen. Residual is this project's own
-    (ALGORITHMS); merge is the paper's, where everyone's base already holds the old G.
+    (ALGORITHMS); merge is the paper's, where everyone's base already holds the old G. In the
+    others (see `lossy`) nobody holds anything but its pair.
     """
+    shape = old.total.shape
     if mode == "merge":
-        frozen = _as_term(old.total, np.ones(old.total.rank))
+        frozen = [_as_term(old.total, np.ones(old.total.rank))]
+    elif mode == "residual":
+        frozen = [_as_term(old.handed, _frozen_share(mine, old.handed.rank))]
     else:
-        frozen = _as_term(old.handed, _frozen_share(mine, old.handed.rank))
-    return recompress([frozen, *_trained(mine)], shape=old.total.shape, tolerance=tolerance)
+        frozen = []
+    exact = recompress([*frozen, *_trained(mine)], shape=shape, tolerance=tolerance)
+    if mode in ("residual", "merge"):
+        return _combined(exact.delta, exact, error=exact.relative_error)
+    trained = [Trained(one.weight, one.pair_or_none_of(shape)) for one in mine]
+    if mode == "svd":
+        return _combined(exact.delta, exact, error=loss_of_svd(exact.delta, trained))
+    pair = mean_pair(trained, mode=mode)
+    product = recompress([Term(pair.b_OR, pair.a_RI)], shape=shape, tolerance=0.0)
+    error = loss_of_pair(exact.delta, trained, pair)
+    return _combined(product.delta, exact, error=error)._replace(pair=pair)
+
+
+def _combined(delta: FactoredDelta, exact: Recompressed, *, error: float) -> _Combined:
+    return _Combined(delta, ModuleReport(delta.rank, delta.norm, error, exact.delta.norm))
 
 
 def _frozen_share(mine: Sequence[_Participant], rank: int) -> Array:

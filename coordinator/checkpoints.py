@@ -164,6 +164,8 @@ def _update_tensors(update: GlobalUpdate) -> tuple[Tensors, dict[str, Json]]:
         tensors.update(_delta_tensors(f"{module}:total", one.total))
         if one.handed is not one.total:
             tensors.update(_delta_tensors(f"{module}:handed", one.handed))
+        if one.pair is not None:
+            tensors.update(_pair_tensors(f"{module}:pair", one.pair))
     sole = {m: one.sole._asdict() for m, one in update.items() if one.sole is not None}
     return tensors, sole
 
@@ -175,7 +177,8 @@ def _read_update(tensors: Tensors, sole: Mapping[str, Json]) -> GlobalUpdate:
         lags = f"{module}:handed:s" in tensors
         handed = _read_delta(tensors, f"{module}:handed") if lags else total
         holder = Sole(**sole[module]) if module in sole else None
-        update[module] = ModuleUpdate(total, handed, holder)
+        pair = _read_pair(tensors, f"{module}:pair") if f"{module}:pair:a" in tensors else None
+        update[module] = ModuleUpdate(total, handed, holder, pair)
     return update
 
 

@@ -9,7 +9,7 @@ nothing lost (FedAvg of one dense layer). All pure functions.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,22 +55,21 @@ def initial(architecture: ModelArchitecture, *, seed: int) -> GlobalClassifier:
     return GlobalClassifier(weights={n: _new(n, shape, seed) for n, shape in shapes.items()})
 
 
-def averaged(
-    old: GlobalClassifier,
-    contributions: Sequence[Contribution],
-    delivered: Mapping[str, ClassifierTensors],
-) -> GlobalClassifier:
-    """Return Σ p_i W_i, p_i the device's share of the examples of all who ``delivered``.
+def averaged(old: GlobalClassifier, contributions: Sequence[Contribution]) -> GlobalClassifier:
+    """Return Σ p_i W_i, p_i the device's share of the examples of all who delivered one.
 
     In float64, rounded once. Where nobody delivered one, it stays as it is.
     """
-    counts = {c.device: c.target_tokens for c in contributions if c.device in delivered}
-    total = sum(counts.values())
-    shares = {device: count / total for device, count in sorted(counts.items()) if count}
-    if not shares:
+    delivered = [one for one in contributions if one.classifier and one.target_tokens]
+    total = sum(one.target_tokens for one in delivered)
+    if not total:
         return GlobalClassifier(weights=old.weights)
-    weights = {name: _mean(name, shares, delivered) for name in old.weights}
-    return GlobalClassifier(weights=weights, sole=min(shares) if len(shares) == 1 else None)
+    sole = delivered[0].device if len(delivered) == 1 else None
+    weights = {
+        name: _mean([(one.target_tokens / total, one.classifier[name]) for one in delivered])
+        for name in old.weights
+    }
+    return GlobalClassifier(weights=weights, sole=sole)
 
 
 def handed_to(
@@ -94,11 +93,8 @@ def check(delivered: ClassifierTensors, *, like: GlobalClassifier) -> None:
     check_classifier(delivered, {name: array.shape for name, array in like.weights.items()})
 
 
-def _mean(
-    name: str, shares: Mapping[str, float], delivered: Mapping[str, ClassifierTensors]
-) -> Array:
-    parts = [share * delivered[device][name].astype(np.float64) for device, share in shares.items()]
-    mean: Array = np.sum(parts, axis=0)
+def _mean(weighted: Sequence[tuple[float, Array]]) -> Array:
+    mean: Array = np.sum([share * one.astype(np.float64) for share, one in weighted], axis=0)
     return mean.astype(np.float32)
 
 

@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="the whole system on this machine: 3 agents"))
     _add_export(commands.add_parser("export", help="write a run's adapter, or the merged model"))
     _add_report(commands.add_parser("report", help="write a run's curves and plans as one page"))
+    _add_shard(commands.add_parser("shard", help="split a data set over devices, reproducibly"))
     _add_health(commands.add_parser("health", help="exit 0 if the run makes progress, else 20"))
     return parser
 
@@ -50,6 +51,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--run-id", help="name of the run and of its folder (run.id)")
     parser.add_argument("--model", help="base model: a hub name or a folder (model.name)")
+    parser.add_argument("--strategy", help="the method, such as splitlora (strategy)")
     parser.add_argument("--broker", metavar="URL", help="mqtt://… or mqtts://… (broker.url)")
     _add_logging(parser)
     parser.set_defaults(command=_run)
@@ -78,6 +80,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--labels", choices=["device", "server"], default="device")
     parser.add_argument("--rounds", type=_at_least_one, help="how many rounds (default: 4)")
+    parser.add_argument("--strategy", default="hsplitlora", help="the method, such as splitlora")
     _add_logging(parser)
     parser.set_defaults(command=_demo)
 
@@ -102,6 +105,37 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_report)
 
 
+def _add_shard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, metavar="DATA.JSONL", help="one JSON object a line")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a fresh folder")
+    parser.add_argument(
+        "--devices", required=True, metavar="N|NAME,...", help="how many, or their names"
+    )
+    parser.add_argument(
+        "--by",
+        choices=["iid", "label", "size"],
+        required=True,
+        help="equal parts, unequal mixtures of classes, or unequal sizes",
+    )
+    parser.add_argument("--column", metavar="NAME", help="where the class is (by label: label)")
+    parser.add_argument(
+        "--alpha", type=float, help="of Dirichlet: small is uneven, large is even (0.5)"
+    )
+    parser.add_argument(
+        "--sizes", type=_proportions, metavar="X,X,...", help="by size: proportions, not drawn"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another split (0)")
+    parser.add_argument("--min-records", type=int, default=1, help="the least of a device (1)")
+    parser.set_defaults(command=_shard)
+
+
+def _proportions(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 5,3,1") from None
+
+
 def _add_health(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-folder", type=Path, required=True)
     parser.add_argument("--max-age-s", type=float, default=120.0)
@@ -116,6 +150,7 @@ def _run(arguments: argparse.Namespace) -> None:
     flags = [
         Flag("--run-id", "run.id", arguments.run_id),
         Flag("--model", "model.name", arguments.model),
+        Flag("--strategy", "strategy", arguments.strategy),
         Flag("--broker", "broker.url", arguments.broker),
         Flag("--log-level", "log_level", arguments.log_level),
         Flag("--log-format", "log_format", arguments.log_format),
@@ -146,7 +181,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     from coordinator.demo import run  # noqa: PLC0415
 
     logs.set_up(arguments.log_level or "info", arguments.log_format or "text")
-    run.demo(arguments.folder, SystemClock(), labels=arguments.labels, rounds=arguments.rounds)
+    wanted = run.Wanted(
+        labels=arguments.labels, rounds=arguments.rounds, strategy=arguments.strategy
+    )
+    run.demo(arguments.folder, SystemClock(), wanted)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -161,6 +199,22 @@ def _report(arguments: argparse.Namespace) -> None:
 
     logs.set_up("warning")
     print(report_page.write(arguments.run_folder, arguments.to))
+
+
+def _shard(arguments: argparse.Namespace) -> None:
+    from coordinator import shard_files, sharding  # noqa: PLC0415 - as in `_report`
+
+    logs.set_up("warning")
+    rule = sharding.Rule(
+        devices=shard_files.device_names(arguments.devices),
+        by=arguments.by,
+        alpha=arguments.alpha,
+        sizes=arguments.sizes,
+        seed=arguments.seed,
+        min_records=arguments.min_records,
+    )
+    shards = shard_files.shard(arguments.data, arguments.to, rule=rule, column=arguments.column)
+    print(shard_files.as_table(shards))
 
 
 def _health(arguments: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from coordinator import strategies
 from coordinator.model_folder import find_model, read_texts
 from coordinator.planning.conditions import Conditions, FleetDevice
 from coordinator.planning.planner import FleetPlan, plan_fleet
@@ -12,7 +13,6 @@ from coordinator.settings import CoordinatorSettings
 from shared import profile_file
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
-from shared.config import base_folder
 from shared.errors import ConfigError
 from shared.protocol.messages import DeviceId
 from shared.protocol.profile import Measurements, ProfileFile
@@ -37,6 +37,7 @@ def plan(
     """
     model = find_model(settings.model.name, revision=settings.model.revision)
     architecture = ModelArchitecture.from_config(read_texts(model).config, settings.training)
+    settings = strategies.applied(settings, block_count=architecture.block_count)
     architecture.check_max_length(settings.training.max_length)
     read = {path: _read(path, architecture, settings) for path in profiles}
     _check_devices(read)
@@ -95,19 +96,10 @@ def _measured_server(settings: CoordinatorSettings, clock: Clock) -> Measurement
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    store = ModelStore.open(
-        settings.model.name,
-        revision=settings.model.revision,
-        cache_folder=base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "pieces",
-    )
-    work = ServerWork(
-        config=store.config,
-        tensors=store.tensors(),
-        training=settings.training_terms,
-        lora=settings.lora,
-        optimizer=settings.optimizer,
+    work = ServerWork.of(
+        settings,
+        ModelStore.of(settings),
         micro_batch=settings.device_terms(DeviceId("any")).micro_batch,
         length=settings.training.max_length,
-        device=None if settings.device == "auto" else settings.device,
     )
     return measure_server(work, clock, memory_bytes=settings.memory_limit)

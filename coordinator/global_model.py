@@ -143,12 +143,7 @@ class GlobalModel:
         """Return what a device of the round that was started must be sent of the classifier."""
         return classifier.handed_to(device, self.classifier_of_devices, self._devices)
 
-    def finish_round(
-        self,
-        contributions: Sequence[Contribution],
-        *,
-        classifiers: Mapping[str, ClassifierTensors],
-    ) -> Aggregated:
+    def finish_round(self, contributions: Sequence[Contribution]) -> Aggregated:
         """Aggregate what the round brought into the global update, and the devices' classifiers."""
         aggregated = aggregate(
             self.update,
@@ -158,7 +153,7 @@ class GlobalModel:
             tolerance=self._settings.aggregation.tolerance,
         )
         self.update, self._deltas = aggregated.update, aggregated.deltas
-        self.classifier = classifier.averaged(self.classifier, contributions, classifiers)
+        self.classifier = classifier.averaged(self.classifier, contributions)
         if self.trainer is not None:
             self._boundary = self._snapshot(self.trainer)
             if self._boundary.classifier:
@@ -196,7 +191,7 @@ class GlobalModel:
             training=self._settings.training_terms,
             lora=self._settings.lora,
             optimizer=self._settings.optimizer,
-            device=None if self._settings.device == "auto" else self._settings.device,
+            device=self._settings.compute_device,
         )
         self.trainer.set_classifier(self._servers_own(self.classifier.weights))
         held = self._architecture.block_count - first_block

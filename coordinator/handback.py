@@ -9,11 +9,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 
 from coordinator.aggregation import GlobalUpdate, ModuleUpdate, Sole, block_of
 from coordinator.factoring import split_evenly
+from coordinator.lossy import first_directions, top
 from shared.adapters import (
     AdapterState,
     Array,
@@ -24,6 +26,9 @@ from shared.adapters import (
 )
 from shared.errors import NumericsError, PlanError
 from shared.terms import HandBackMode
+
+MEAN_MODES: Final = frozenset({"average", "zero-pad"})
+"""Modes that hand back mean factors as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,16 +54,21 @@ class HandBack:
     """The state that a round starts from; `adapters_of` says what one holder must be sent.
 
     ``update`` is the global update to aggregate on after the round. ``replaced``: the modules
-    that every holder of them gets anew. ``fold``: frozen pairs are to be added to the base.
+    that every holder of them gets anew.
     """
 
     update: GlobalUpdate
     replaced: frozenset[str]
-    fold: bool
+    mode: HandBackMode
     holders: Mapping[str, Holder]
     deltas: Mapping[str, FactoredDelta]
     seed: int
     round: int
+
+    @property
+    def fold(self) -> bool:
+        """Whether frozen pairs are to be added to the base."""
+        return self.mode == "merge"
 
     def ranks_of(self, name: str) -> Mapping[str, int]:
         """Return what holder ``name`` trains, by module; nothing where it takes no part."""
@@ -69,9 +79,11 @@ class HandBack:
 
         Made at each call, always the same, in float32. In `residual`, ``trainable`` is T_i and
         ``frozen`` F_i. In `merge`, ``trainable`` starts from zero and ``frozen`` is ΔG of the
-        last round, or all of G for a fresh holder, whose base is untouched. A module of rank 0
-        is named too (with a trainable pair of rank 0) where there is a frozen part to hold or
-        something older to forget.
+        last round, or all of G for a fresh holder, whose base is untouched. In the other modes
+        ``trainable`` is all there is: T_i in `svd`, else the first r_i directions of the mean
+        factors, whose first A is the same for all. A module of rank 0 is named too (with a
+        trainable pair of rank 0) where there is a frozen part to hold or something older to
+        forget.
         """
         holder = self.holders[name]
         modules = (m for m in self.update if m in self.replaced and _holds(holder, m))
@@ -84,27 +96,42 @@ class HandBack:
 
     def _adapter(self, module: str, holder: Holder) -> ModuleAdapter:
         rank = holder.ranks.get(module, 0)
-        total = self.update[module].total
-        frozen: FactoredDelta | None
-        if self.fold:
-            top = FactoredDelta.zero(*total.shape)
-            frozen = total if holder.fresh else self.deltas.get(module)
-        else:
-            top, frozen = _cut(total, rank)
-        rows_RI = self._fresh_rows(module, holder, rows=rank - top.rank, width=total.shape[1])
+        one = self.update[module]
         scaling = holder.scalings[module] if rank else 1.0
-        trainable = _with_fresh_rows(split_evenly(top, scaling=scaling), rows_RI)
+        frozen = self._frozen(module, holder)
+        if self.fold:
+            pair = split_evenly(FactoredDelta.zero(*one.total.shape), scaling=scaling)
+        elif self.mode in MEAN_MODES:
+            pair = _nothing(one.total.shape, scaling) if one.pair is None else one.pair
+            pair = first_directions(pair, rank, scaling=scaling)
+        else:
+            pair = split_evenly(top(one.total, rank), scaling=scaling)
+        rows_RI = self._fresh_rows(module, holder, first=pair.rank, end=rank)
+        trainable = _with_fresh_rows(pair, rows_RI)
         return ModuleAdapter(trainable, split_evenly(frozen) if frozen and frozen.rank else None)
 
-    def _fresh_rows(self, module: str, holder: Holder, *, rows: int, width: int) -> Array:
-        """Return new rows of A (rows, width) as PEFT initialises them: kaiming uniform, a = √5.
+    def _frozen(self, module: str, holder: Holder) -> FactoredDelta | None:
+        total = self.update[module].total
+        if self.fold:
+            return total if holder.fresh else self.deltas.get(module)
+        return _rest(total, holder.ranks.get(module, 0)) if self.mode == "residual" else None
 
-        That is U(-1/√in, 1/√in), seeded by run, round, module and holder.
+    def _fresh_rows(self, module: str, holder: Holder, *, first: int, end: int) -> Array:
+        """Return rows ``first`` to ``end`` of A as PEFT initialises them: kaiming uniform, a = √5.
+
+        That is U(-1/√in, 1/√in), seeded by run, round, module and holder. Where factors are
+        averaged the holders must start alike, so there row j is the same for all, in all rounds.
         """
+        width = self.update[module].total.shape[1]
         name = f"{self.seed} {self.round} {module} {holder.name}"
+        if self.mode in MEAN_MODES:
+            name, skipped = f"{self.seed} {module}", first
+        else:
+            skipped = 0
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")
         bound = 1.0 / np.sqrt(width)
-        return np.random.default_rng(seed).uniform(-bound, bound, (rows, width))
+        random = np.random.default_rng(seed)
+        return random.uniform(-bound, bound, (skipped + end - first, width))[skipped:]
 
 
 def hand_back(
@@ -121,7 +148,8 @@ def hand_back(
     A module is left as it is, with its optimizer moments, where its one holder had all the
     weight in the last aggregation and goes on with the same rank and scaling: it already is at
     base + G, and a run on one device then is an ordinary run (law 1). Every other module is
-    replaced on all of its holders. `merge` replaces all, as the paper does. ``deltas``: of
+    replaced on all of its holders (in `residual` and `merge` without loss; the other modes give a
+    holder what its rank has room for). `merge` replaces all, as the paper does. ``deltas``: of
     the last `aggregate` (`merge` only; None at the start of a program, when all are fresh).
 
     Raises:
@@ -133,12 +161,16 @@ def hand_back(
         raise PlanError(f"two holders have one name among {sorted(h.name for h in holders)}")
     for holder in holders:
         _check_holder(holder, update)
-    kept = {m for m, old in update.items() if mode == "residual" and _undisturbed(m, old, holders)}
-    renewed = {m: ModuleUpdate(old.total, old.total) for m, old in update.items() if m not in kept}
+    kept = {m for m, old in update.items() if mode != "merge" and _undisturbed(m, old, holders)}
+    renewed = {
+        m: ModuleUpdate(old.total, old.total, pair=old.pair)
+        for m, old in update.items()
+        if m not in kept
+    }
     return HandBack(
         update=MappingProxyType({m: renewed.get(m, old) for m, old in update.items()}),
         replaced=frozenset(renewed),
-        fold=mode == "merge",
+        mode=mode,
         holders=by_name,
         deltas=deltas or {},
         seed=seed,
@@ -214,13 +246,13 @@ def _undisturbed(module: str, old: ModuleUpdate, holders: Sequence[Holder]) -> b
     return rank > 0 and old.sole == Sole(one.name, rank, one.scalings[module])
 
 
-def _cut(update: FactoredDelta, rank: int) -> tuple[FactoredDelta, FactoredDelta]:
-    """Return the top ``rank`` part T of U S Vᵀ and the rest F = G - T."""
-    u_OR, s_R, vt_RI = update.u_OR, update.s_R, update.vt_RI
-    return (
-        FactoredDelta(u_OR[:, :rank], s_R[:rank], vt_RI[:rank]),
-        FactoredDelta(u_OR[:, rank:], s_R[rank:], vt_RI[rank:]),
-    )
+def _rest(update: FactoredDelta, rank: int) -> FactoredDelta:
+    """Return F = G - T, all but the top ``rank`` part of U S Vᵀ."""
+    return FactoredDelta(update.u_OR[:, rank:], update.s_R[rank:], update.vt_RI[rank:])
+
+
+def _nothing(shape: tuple[int, int], scaling: float) -> LoraPair:
+    return LoraPair(np.zeros((0, shape[1])), np.zeros((shape[0], 0)), scaling)
 
 
 def _with_fresh_rows(pair: LoraPair, fresh_RI: Array) -> LoraPair:

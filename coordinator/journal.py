@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from coordinator import json_lines
@@ -70,7 +69,8 @@ class Journal:
             "refused": refused,
             "server_ranks": server_ranks or {},
         }
-        json_lines.append(self._plans, self._head(round_, step) | plan)
+        head = json_lines.head(self._clock, round_=round_, step=step)
+        json_lines.append(self._plans, head | plan)
 
     def importance(self, round_: int, step: int, scores: Mapping[str, float]) -> None:
         """Append the importance of each module (by its path), and publish it as the latest.
@@ -78,7 +78,7 @@ class Journal:
         Raises:
             StorageError: the disk is full.
         """
-        record = self._head(round_, step) | {"scores": scores}
+        record = json_lines.head(self._clock, round_=round_, step=step) | {"scores": scores}
         json_lines.append(self._importance, record)
         self._publish(record)
 
@@ -86,22 +86,6 @@ class Journal:
         """Close the files. May be called twice."""
         self._plans.close()
         self._importance.close()
-
-    def __enter__(self) -> Journal:
-        """Return the journal itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the files."""
-        self.close()
-
-    def _head(self, round_: int, step: int) -> dict[str, Any]:
-        return {"time": self._clock.wall_s(), "round": round_, "step": step}
 
     def _publish(self, record: Mapping[str, Any]) -> None:
         text = json.dumps(json_lines.jsonable(record), indent=2, allow_nan=False)

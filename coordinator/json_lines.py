@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from shared.atomic import replace_file
+from shared.clock import Clock
 from shared.errors import StorageError
 
 
@@ -26,6 +27,11 @@ def opened(path: Path, *, resumed_step: int | None) -> BinaryIO:
     kept = [] if resumed_step is None else list(_kept_lines(path, resumed_step))
     replace_file(path, b"".join(kept))
     return path.open("ab", buffering=0)
+
+
+def head(clock: Clock, *, round_: int, step: int) -> dict[str, Any]:
+    """Return what every line begins with: when it was written, after how many optimizer steps."""
+    return {"time": clock.wall_s(), "round": round_, "step": step}
 
 
 def append(file: BinaryIO, record: Mapping[str, Any]) -> None:

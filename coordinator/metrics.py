@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from coordinator import json_lines
@@ -52,8 +51,8 @@ class MetricsWriter:
         Raises:
             StorageError: the disk is full.
         """
-        head = {"time": self._clock.wall_s(), "round": round_, "step": step}
-        json_lines.append(self._file, {**head, **values})
+        head = json_lines.head(self._clock, round_=round_, step=step)
+        json_lines.append(self._file, head | dict(values))
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
@@ -63,19 +62,6 @@ class MetricsWriter:
         self._file.close()
         if self._events is not None:
             self._events.close()
-
-    def __enter__(self) -> MetricsWriter:
-        """Return the writer itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the files."""
-        self.close()
 
 
 def _open_events(run_folder: Path, resumed_step: int | None) -> SummaryWriter:
@@ -123,5 +109,9 @@ class Summary:
             StorageError: the disk is full, or the folder cannot be written.
         """
         path = run_folder / SUMMARY_FILE
-        replace_file(path, json.dumps(asdict(self), indent=2).encode() + b"\n")
+        scores = ("accuracy_before", "accuracy_after", "f1_before", "f1_after")
+        found = asdict(self)
+        # A run that writes text has none of these at all.
+        written = {n: value for n, value in found.items() if n not in scores or value is not None}
+        replace_file(path, json.dumps(written, indent=2).encode() + b"\n")
         return path

@@ -35,8 +35,11 @@ _LABELS = {
 }
 
 _HAND_BACK = {
-    "residual": "residual hand-back (the part that a device's rank cannot train is carried frozen)",
-    "merge": "merge hand-back (the update is folded into the base after every round)",
+    "residual": "exact, residual hand-back (what a device's rank cannot train is carried frozen)",
+    "merge": "exact, merge hand-back (the update is folded into the base after every round)",
+    "svd": "svd hand-back (a device goes on from the top part of the exact sum)",
+    "zero-pad": "factors averaged, padded to the largest rank, and cut to a device's own",
+    "average": "factors averaged, A and B apart",
 }
 
 
@@ -56,6 +59,7 @@ class ModelCard:
 
     base_model: str
     run_id: str
+    strategy: str
     hand_back: HandBackMode
     labels: LabelMode
     rounds: int
@@ -81,10 +85,10 @@ def render(card: ModelCard, *, largest_rank: int) -> str:
             f"# LoRA adapter of run {card.run_id}",
             "",
             f"Fine-tuned from **{card.base_model}** (licence: {licence}) with hsplit: split",
-            "learning with LoRA on unequal devices (HSplitLoRA, arXiv:2505.02795). The text",
+            f"learning with LoRA on unequal devices (strategy {card.strategy}). The text",
             f"stayed on the devices, and {_LABELS[card.labels].format(what=what)}.",
             "",
-            f"* {card.rounds} rounds, {card.steps} steps; exact factored aggregation,",
+            f"* {card.rounds} rounds, {card.steps} steps; aggregation:",
             f"  {_HAND_BACK[card.hand_back]}",
             f"* perplexity on held-out text: {before} before, {after} after",
             f"* rank of this adapter: up to {largest_rank}, each module's own in `rank_pattern`;",

@@ -16,7 +16,9 @@ import torch
 
 from coordinator.model_folder import ModelFolder, find_model, read_texts, tokenizer_file
 from coordinator.piece_cutting import PieceContent, cut, remembered_pieces
+from coordinator.settings import CoordinatorSettings
 from shared.architecture import ModelArchitecture
+from shared.config import base_folder
 from shared.errors import ProtocolError
 from shared.protocol.messages import ModelDescription
 from shared.terms import TrainingChoices
@@ -68,6 +70,20 @@ class ModelStore:
             cache_folder=cache_folder,
         )
         self._by_sha256 = {piece.sha256: contents[piece.name] for piece in self._pieces}
+
+    @classmethod
+    def of(cls, settings: CoordinatorSettings) -> ModelStore:
+        """Return the store of a run's model; the user's cache keeps its hashes.
+
+        Raises:
+            ModelError: as `find_model` and the constructor.
+        """
+        return cls.open(
+            settings.model.name,
+            revision=settings.model.revision,
+            cache_folder=base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "pieces",
+            training=settings.training,
+        )
 
     @classmethod
     def open(

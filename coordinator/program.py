@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from coordinator import checkpoints, report_page, run_folder
+from coordinator import checkpoints, report_page, run_folder, strategies
 from coordinator.checkpoints import Checkpoint
 from coordinator.classifier import TrainedClassifier
 from coordinator.coordinator import RUN_COMPLETE, Coordinator
@@ -31,7 +31,7 @@ from shared import health, logs
 from shared.architecture import ModelArchitecture
 from shared.classifier_weights import ClassifierTensors
 from shared.clock import Clock
-from shared.config import BrokerSettings, base_folder
+from shared.config import BrokerSettings
 from shared.errors import HsplitError, StorageError
 from shared.protocol.profile import Measurements
 from shared.protocol.topics import coordinator_filters
@@ -146,13 +146,9 @@ class _Start:
 
 def _prepared(settings: CoordinatorSettings, *, resume: bool) -> _Start:
     checkpoint = run_folder.opened(settings.run_folder, resume=resume)
-    store = ModelStore.open(
-        settings.model.name,
-        revision=settings.model.revision,
-        cache_folder=base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "pieces",
-        training=settings.training,
-    )
+    store = ModelStore.of(settings)
     settings = _with_resolved_model(settings, store)
+    settings = strategies.applied(settings, block_count=store.architecture.block_count)
     architecture = _checked_architecture(settings, store)
     if checkpoint is not None:
         run_folder.check_fits(checkpoint, settings, base=store.fingerprint)
@@ -165,16 +161,7 @@ def _fleet(start: _Start, clock: Clock) -> Fleet:
     settings, store = start.settings, start.store
 
     def measure(micro_batch: int, length: int) -> Measurements:
-        work = ServerWork(
-            config=store.config,
-            tensors=store.tensors(),
-            training=settings.training_terms,
-            lora=settings.lora,
-            optimizer=settings.optimizer,
-            micro_batch=micro_batch,
-            length=length,
-            device=None if settings.device == "auto" else settings.device,
-        )
+        work = ServerWork.of(settings, store, micro_batch=micro_batch, length=length)
         return measure_server(work, clock, memory_bytes=settings.memory_limit)
 
     fleet = Fleet(settings, start.architecture, measure_server=measure)
@@ -325,6 +312,7 @@ def _card(
     return ModelCard(
         base_model=settings.model.name,
         run_id=settings.run_id,
+        strategy=f"{settings.strategy}, {strategies.STRATEGIES[settings.strategy].paper}",
         hand_back=settings.aggregation.hand_back,
         labels=settings.training.labels,
         rounds=rounds,

@@ -6,18 +6,26 @@ import logging
 import statistics
 from pathlib import Path
 
-import jinja2
-
-from coordinator.report import charts, derived, device_sections, drawing, reading, sections, wording
+from coordinator.report import (
+    charts,
+    derived,
+    device_sections,
+    drawing,
+    page,
+    reading,
+    sections,
+    wording,
+)
 from coordinator.report.importance_section import importance
 from coordinator.report.records import RunRecords
-from shared import version
 from shared.atomic import replace_file
 
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
-_MOST_REFUSED = 40
+_MADE_FROM = (
+    "the files beside it: metrics.jsonl, plans.jsonl, importance.jsonl, summary.json, run.yaml"
+)
 
 
 def write(run_folder: Path, to: Path | None = None) -> Path:
@@ -48,12 +56,10 @@ def write_if_possible(run_folder: Path) -> None:
 
 
 def render(run: RunRecords) -> str:
-    """Return the page of a run as HTML.
-
-    Names and reasons come from devices: the template escapes them, as matplotlib does in charts.
-    """
+    """Return the page of a run as HTML."""
     keys = charts.device_keys(device_sections.shown(run))
-    refused = sorted(run.plans[-1].refused.items()) if run.plans else []
+    began_s, ended_s = _times(run)
+    state = "finished" if run.summary else "not finished: as far as it was written"
     with drawing.style():
         parts = [
             sections.learning(run, keys),
@@ -64,28 +70,13 @@ def render(run: RunRecords) -> str:
             importance(run),
             sections.aggregation(run),
         ]
-    return _template().render(
-        name=run.name,
-        model=_model(run),
-        began=wording.date(_times(run)[0]),
-        ended=wording.date(_times(run)[1]),
-        state="finished" if run.summary else "not finished: as far as it was written",
+    return page.render(
+        run.name,
+        parts,
+        subtitle=f"{_model(run)} · {wording.date(began_s)} to {wording.date(ended_s)} · {state}",
         headline=_headline(run),
-        sections=parts,
-        rows=device_sections.table(run, keys),
-        left_out=len(run.devices) - len(keys),
-        refused=refused[:_MOST_REFUSED],
-        version=version.VERSION,
+        made_from=_MADE_FROM,
     )
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("page.html.jinja")
 
 
 def _model(run: RunRecords) -> str:

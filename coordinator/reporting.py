@@ -276,6 +276,7 @@ class Reporter:
             "aggregation/norm": aggregated.norm,
             "aggregation/largest_rank": float(aggregated.largest_rank),
             "aggregation/relative_error": aggregated.largest_error,
+            "aggregation/error": aggregated.error,
             "round/server_busy_s": server_busy_s,
             **self._traffic(),
             **{f"device/{device}/busy_s": result.busy_s for device, result in results.items()},

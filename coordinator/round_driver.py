@@ -132,8 +132,7 @@ class RoundDriver:
         classifier.check(weights, like=self._model.classifier_of_devices)
         self._advance(Delivered(member.device_id, result.target_tokens))
         self._adapters[member.device_id] = adapters
-        if weights:
-            self._classifiers[member.device_id] = weights
+        self._classifiers[member.device_id] = weights
         self._results[member.device_id] = result
 
     def lose(self, member: Member) -> None:
@@ -209,10 +208,7 @@ class RoundDriver:
     def aggregate(self) -> Aggregated:
         """Bring what was delivered into the global update, and report it."""
         contributions = self._contributions()
-        aggregated = self._model.finish_round(
-            contributions,
-            classifiers=self._classifiers,
-        )
+        aggregated = self._model.finish_round(contributions)
         self._reporter.round_closed(
             self.round.number,
             self.round.end_step,
@@ -251,6 +247,7 @@ class RoundDriver:
                 split_layer=self._holders[device].blocks.stop,
                 target_tokens=tokens,
                 adapters=self._adapters[device] if device in self.outcome.delivered else None,
+                classifier=self._classifiers.get(device, {}),
             )
             for device, tokens in sorted(self.round.target_tokens.items())
         ]

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from coordinator.back_pass import MicroBatchInput, MicroBatchKey
+from coordinator.model_store import ModelStore
 from coordinator.server_training import ServerTrainer
+from coordinator.settings import CoordinatorSettings
 from shared import probe_loads, version
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
@@ -55,6 +57,22 @@ class ServerWork:
     micro_batch: int
     length: int
     device: str | None = None
+
+    @classmethod
+    def of(
+        cls, settings: CoordinatorSettings, store: ModelStore, *, micro_batch: int, length: int
+    ) -> ServerWork:
+        """Return the work of a run's server on micro-batches of this size."""
+        return cls(
+            config=store.config,
+            tensors=store.tensors(),
+            training=settings.training_terms,
+            lora=settings.lora,
+            optimizer=settings.optimizer,
+            micro_batch=micro_batch,
+            length=length,
+            device=settings.compute_device,
+        )
 
 
 def measure_server(
@@ -131,12 +149,7 @@ class _Run:
         once = side.work_on(load)
         with watched_peak(self._memory) as peak:
             timing, _ = self._repeat(once)
-        return HeadPoint(
-            tokens=load.tokens,
-            seconds=timing.seconds,
-            spread=timing.spread,
-            extra_bytes=peak.rise_bytes,
-        )
+        return probe_loads.head_point(load, timing, extra_bytes=peak.rise_bytes)
 
     def _blocks(self) -> tuple[list[BlockPoint], list[OptimizerPoint]]:
         points: list[BlockPoint] = []
@@ -162,15 +175,11 @@ class _Run:
         with watched_peak(self._memory) as peak:
             forward, backward = self._repeat(once)
         side.forget()
-        return BlockPoint(
-            blocks=load.blocks,
+        return probe_loads.block_point(
+            load,
+            forward,
+            backward,
             adapter_parameters=side.parameters,
-            sequences=load.sequences,
-            length=load.length,
-            in_flight=load.in_flight,
-            forward_s=forward.seconds,
-            backward_s=backward.seconds,
-            spread=max(forward.spread, backward.spread),
             peak_bytes=peak.peak_bytes,
         )
 

@@ -89,6 +89,7 @@ class ServerTrainer:
             dtype=DTYPES[training.dtype],
             device=compute_device(device),
             lora_dropout=lora.lora_dropout,
+            freeze_a=lora.freeze_a,
         )
         head = training.labels == "server"
         self._back = build_back(
@@ -294,7 +295,8 @@ class ServerTrainer:
         name: str,
     ) -> TensorFrame:
         """Add the gradients of what is trained to the device's share; return that of what came."""
-        parameters = [one for trained in self._back.trained().values() for one in trained]
+        trained = self._back.trained().values()
+        parameters = [one for several in trained for one in several if one.requires_grad]
         received, *gradients = torch.autograd.grad(
             output, [forward.received_ND, *parameters], outer, allow_unused=True
         )

@@ -38,6 +38,11 @@ Timeout: TypeAlias = Annotated[float, Gt(0), Lt(1e7)]
 RankPolicy: TypeAlias = Literal["importance", "uniform"]
 """Where a device's adapter parameters go: where the weights matter, or evenly as ``lora`` says."""
 
+StrategyName: TypeAlias = Literal[
+    "hsplitlora", "splitlora", "hlora", "fedlora", "hetlora", "flora", "ffa-lora"
+]
+"""A method of the field; see `coordinator.strategies`."""
+
 _LONGEST_MODEL_NAME = 40
 
 
@@ -113,10 +118,11 @@ class PlanSettings(Section):
     or as the planner finds best. ``balance_batches``: of devices that measured themselves, the
     fast ones may take more sequences and the slow ones fewer, on average ``batch``; a device whose
     own ``batch`` is set keeps it. ``most_blocks``: that a planned device may get, None for all but
-    one: nobody then holds the whole model who was not told to. ``ranks``: where a planned device's
-    adapter parameters go; how important weights are is measured on ``probe_sequences`` of each
-    device, in every ``probe_every``-th round from the first on. ``adapt``: parts may change between
-    rounds.
+    one: nobody then holds the whole model who was not told to. ``one_split_layer``: all planned
+    devices get the same, the one with the shortest step of those that most can carry. ``ranks``:
+    where a planned device's adapter parameters go; how important weights are is measured on
+    ``probe_sequences`` of each device, in every ``probe_every``-th round from the first on.
+    ``adapt``: parts may change between rounds.
     """
 
     split_layer: PositiveInt | None = None
@@ -125,6 +131,7 @@ class PlanSettings(Section):
     in_flight: PositiveInt = 2
     balance_batches: bool = True
     most_blocks: PositiveInt | None = None
+    one_split_layer: bool = False
     ranks: RankPolicy = "importance"
     probe_sequences: Annotated[int, Ge(0), Le(4096)] = 16
     probe_every: PositiveInt = 2
@@ -179,6 +186,7 @@ class CoordinatorSettings(HsplitSettings):
     """Everything that the operator decides, in sections; one file describes one run."""
 
     run: RunSettings = RunSettings()
+    strategy: StrategyName = "hsplitlora"
     model: ModelSettings
     broker: BrokerSettings | None = None
     embedded_broker: EmbeddedBrokerSettings = EmbeddedBrokerSettings()
@@ -208,6 +216,11 @@ class CoordinatorSettings(HsplitSettings):
     def training_terms(self) -> TrainingTerms:
         """The training terms that devices are told."""
         return TrainingTerms(**asdict(self.training), total_steps=self.total_steps)
+
+    @property
+    def compute_device(self) -> str | None:
+        """Where the server computes, in torch's words; None: on a GPU where there is one."""
+        return None if self.device == "auto" else self.device
 
     @property
     def run_id(self) -> RunId:

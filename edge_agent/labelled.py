@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_agent.records import Record, Records, Row, check_string, kind_of
+from edge_agent.records import Record, Records, check_string
+from shared import json_rows
 from shared.errors import DataError
+from shared.json_rows import Row
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +43,17 @@ def labelled(records: Records, classes: Sequence[str]) -> tuple[Example, ...]:
     """
     numbers = _numbers(classes)
     paired = "text_pair" in records.records[0].row
-    examples = tuple(
+    return tuple(
         _example(record, f"{records.path}:{record.line}", numbers=numbers, paired=paired)
         for record in records.records
     )
-    # Not an error: in a fleet with unequal data some devices know one class only.
+
+
+def warn_of_one_class(examples: Sequence[Example], records: Records) -> None:
+    """Say it where all that is to be learnt from is of one class.
+
+    No error: in a fleet with unequal data some devices know one class only.
+    """
     if len({one.label for one in examples}) == 1:
         logger.warning(
             "%s: all %d records are of one class, so this device alone could not learn to tell "
@@ -53,7 +61,6 @@ def labelled(records: Records, classes: Sequence[str]) -> tuple[Example, ...]:
             records.path,
             len(examples),
         )
-    return examples
 
 
 def _example(record: Record, where: str, *, numbers: dict[str | int, int], paired: bool) -> Example:
@@ -76,7 +83,7 @@ def _label(row: Row, where: str, *, numbers: dict[str | int, int]) -> int:
     value: Any = row["label"]
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(
-            f"{where}: 'label' is {kind_of(value)}, not a string or a whole number; "
+            f"{where}: 'label' is {json_rows.kind(value)}, not a string or a whole number; "
             "write the name of the class, or its number"
         )
     if value not in numbers:

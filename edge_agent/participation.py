@@ -126,7 +126,7 @@ class Participation:
         held_out = self._parts.held_out_records
         self._data = Dataset(
             training=read(self._parts.records),
-            held_out=None if held_out is None else read(held_out),
+            held_out=None if held_out is None else read(held_out, held_out=True),
             seed=self._training.seed,
             device_id=self._conversation.device_id,
         )

@@ -167,15 +167,11 @@ class ProbeRun:
         self._memory.learn(load, peak)
         there, back = timings
         self._seconds_per_size = load.in_flight * (there.seconds + back.seconds) / load.size
-        return BlockPoint(
-            blocks=load.blocks,
+        return probe_loads.block_point(
+            load,
+            there,
+            back,
             adapter_parameters=self._parameters(load),
-            sequences=load.sequences,
-            length=load.length,
-            in_flight=load.in_flight,
-            forward_s=there.seconds,
-            backward_s=back.seconds,
-            spread=max(there.spread, back.spread),
             peak_bytes=self._memory.of_program(peak),
         )
 
@@ -188,12 +184,7 @@ class ProbeRun:
 
         with watched_peak(self._backend) as peak:
             (timing,) = repeat(once, budget_s=self._budget.next_s(), clock=self._clock)
-        return HeadPoint(
-            tokens=load.tokens,
-            seconds=timing.seconds,
-            spread=timing.spread,
-            extra_bytes=peak.rise_bytes,
-        )
+        return probe_loads.head_point(load, timing, extra_bytes=peak.rise_bytes)
 
     def _optimizer(self, load: Load) -> OptimizerPoint:
         batch, gradient = self._batch(load), self._gradient(load)

@@ -10,20 +10,19 @@ to the coordinator as the reason for leaving.
 
 from __future__ import annotations
 
-import codecs
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
+from shared import json_rows
 from shared.errors import DataError
+from shared.json_rows import JsonRow, Row
 
 Format: TypeAlias = Literal["text", "prompt", "messages"]
 """Named after the column that a line is recognised by."""
-
-Row: TypeAlias = Mapping[str, Any]
 
 _FORMATS = "'text', or 'prompt' and 'completion', or 'messages'"
 _KNOWN: tuple[Format, ...] = ("text", "prompt", "messages")
@@ -59,13 +58,13 @@ class Records:
         """
         found: Format | None = None
         records: list[Record] = []
-        for line, raw in _lines(path):
-            row = _parse(raw, where=f"{path}:{line}")
-            this = _format_of(row, where=f"{path}:{line}")
-            record = Record(line, _CHECKS[this](row, f"{path}:{line}"))
+        for line in _lines(path):
+            where = f"{path}:{line.number}"
+            this = _format_of(line.row, where=where)
+            record = Record(line.number, _CHECKS[this](line.row, where))
             if found is not None and this != found:
                 raise DataError(
-                    f"{path}:{line}: this line is of the format {this!r}, line {records[0].line} "
+                    f"{where}: this line is of the format {this!r}, line {records[0].line} "
                     f"of {found!r}; split them into two files, one format each"
                 )
             found = this
@@ -116,47 +115,9 @@ def load(data: Path, *, evaluation_data: Path | None, evaluation_fraction: float
     return DeviceRecords(training, held_out if len(held_out) else None)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of every line that is not blank."""
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                text = _decode(raw, first=number == 1, where=f"{path}:{number}")
-                if text.strip():
-                    yield number, text
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; check the path given as data") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-
-
-def _decode(raw: bytes, *, first: bool, where: str) -> str:
-    if first and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{where}: the file is UTF-16; save it as UTF-8")
-    if first:
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        # `from None`: a UnicodeDecodeError carries the whole line, which a traceback may show.
-        reason = f"not UTF-8 at byte {error.start + 1} of the line"
-        raise DataError(f"{where}: {reason}; save the file as UTF-8") from None
-
-
-def _parse(text: str, *, where: str) -> Row:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        # `from None`: a JSONDecodeError carries the whole line, as above.
-        reason = f"not JSON ({error.msg} at column {error.colno})"
-        raise DataError(f"{where}: {reason}; write one JSON object per line") from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{where}: JSON too deep or with a number too long; simplify it") from None
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{where}: not a JSON object but {kind_of(row)}; write {{...}} on each line"
-        )
-    return row
+def _lines(path: Path) -> Iterator[JsonRow]:
+    with json_rows.opened(path) as file:
+        yield from json_rows.rows(file, path)
 
 
 def _format_of(row: Row, *, where: str) -> Format:
@@ -200,7 +161,9 @@ def _check_messages(row: Row, where: str) -> Row:
 
 def _check_message(message: object, *, where: str) -> Row:
     if not isinstance(message, dict):
-        raise DataError(f"{where} is {kind_of(message)}; make it {{'role': ..., 'content': ...}}")
+        raise DataError(
+            f"{where} is {json_rows.kind(message)}; make it {{'role': ..., 'content': ...}}"
+        )
     for name in ("role", "content"):
         if name not in message:
             raise DataError(f"{where} has no {name!r}; add it")
@@ -219,7 +182,9 @@ def check_string(row: Row, name: str, where: str, *, may_be_blank: bool = False)
     """
     value = row[name]
     if not isinstance(value, str):
-        raise DataError(f"{where}: {name!r} is {kind_of(value)}, not a string; put it in quotes")
+        raise DataError(
+            f"{where}: {name!r} is {json_rows.kind(value)}, not a string; put it in quotes"
+        )
     if not value.strip() and not may_be_blank:
         raise DataError(f"{where}: {name!r} is empty; fill it in or remove the line")
     _check_encodable(value, f"{where}: {name!r}")
@@ -234,14 +199,6 @@ def _check_encodable(value: str, where: str) -> None:
             f"{where} holds half of a surrogate pair (\\ud800 to \\udfff); "
             "write the character itself as UTF-8"
         ) from None
-
-
-def kind_of(value: object) -> str:
-    """Return what an error calls a JSON value, without its content."""
-    if value is None:
-        return "null"
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return names.get(type(value), "a number")
 
 
 _CHECKS = {"text": _check_text, "prompt": _check_prompt, "messages": _check_messages}

@@ -7,30 +7,24 @@ the device's own front. No error or log line holds text.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
 from edge_agent.backends.base import NO_TARGET
 from edge_agent.chat_template import ChatTemplate, RenderedChat
 from edge_agent.dataset import IntArray, Sequences
 from edge_agent.records import Record, Records
 from shared.errors import DataError, ModelError
+from shared.prompt_tokens import FramedTokenizer, Tokens
 from shared.protocol.messages import ModelDescription
 
 logger = logging.getLogger(__name__)
-
-Tokens: TypeAlias = tuple[list[int], list[bool]]
-"""Ids, and which of them the model is to learn to write."""
-
-Encodings: TypeAlias = list[Encoding]
 
 _ENCODE_AT_ONCE = 1024
 """Records per call of the tokenizer, which spreads a call over the cores."""
@@ -45,26 +39,19 @@ class Vocabulary:
         Raises:
             ModelError: either is damaged.
         """
-        self._tokenizer = _load(tokenizer_file)
+        self._tokenizer = FramedTokenizer(tokenizer_file, eos_token_id=model.eos_token_id)
         self._model = model
         self._template = _template(model)
-        self._start = _begin_of_text(self._tokenizer)
-        self._end = [] if model.eos_token_id is None else [model.eos_token_id]
 
     def tokenise(self, records: Records, *, max_length: int) -> Sequences:
         """Return the records as sequences of at most ``max_length`` input tokens.
 
         ``text``: all tokens are targets, and the end-of-text token after them. ``prompt``:
-        only the completion's tokens and the end-of-text token. ``messages``: only what the
-        assistant writes, its end of turn included; the template sets all special tokens.
+        only the completion's tokens and the end-of-text token (`FramedTokenizer.completed`).
+        ``messages``: only what the assistant writes, its end of turn included; the template
+        sets all special tokens.
         What the tokenizer puts in front of a text (often a begin-of-text token) stands in
         front of the first segment only.
-
-        The seam of prompt and completion: in use, the prompt is tokenised by itself and
-        continued, so training keeps exactly the prompt's own tokens. If the joined text
-        begins with these, the rest of its tokens are the completion (a SentencePiece
-        tokenizer then sets no word boundary of its own at the seam); if a token would
-        straddle the seam, the completion is tokenised by itself.
 
         Sequences without a target within ``max_length`` are dropped, with one warning.
 
@@ -83,28 +70,16 @@ class Vocabulary:
         self.check_ids(sequences)
         return sequences
 
-    def encode_whole(self, texts: Sequence[str | tuple[str, str]], *, max_length: int) -> Encodings:
-        """Return texts, or pairs of texts, as the tokenizer frames them for a classifier.
-
-        With its special tokens, and cut to ``max_length`` tokens in all; of a pair the longer
-        text is cut first.
+    def encode_whole(
+        self, texts: Sequence[str | tuple[str, str]], *, max_length: int
+    ) -> list[Encoding]:
+        """Return texts, or pairs of texts, as a classifier reads them (`FramedTokenizer.whole`).
 
         Raises:
             DataError: ``max_length`` has no room for a token of each text.
         """
-        paired = isinstance(texts[0], tuple)
-        framing = self._tokenizer.num_special_tokens_to_add(paired)
-        if max_length < framing + 1 + paired:
-            raise DataError(
-                f"training.max_length is {max_length}, and the tokenizer's own tokens take "
-                f"{framing} of that: raise it"
-            )
-        self._tokenizer.enable_truncation(max_length, strategy="longest_first")
-        try:
-            parts = (texts[i : i + _ENCODE_AT_ONCE] for i in range(0, len(texts), _ENCODE_AT_ONCE))
-            return [one for part in parts for one in self._tokenizer.encode_batch(list(part))]
-        finally:
-            self._tokenizer.no_truncation()
+        parts = (texts[i : i + _ENCODE_AT_ONCE] for i in range(0, len(texts), _ENCODE_AT_ONCE))
+        return [e for part in parts for e in self._tokenizer.whole(part, max_length=max_length)]
 
     def _tokens(self, records: Records) -> Iterator[Tokens]:
         make = {"text": self._texts, "prompt": self._prompts, "messages": self._chats}
@@ -113,20 +88,14 @@ class Vocabulary:
             yield from make[records.format](replace(records, records=part))
 
     def _texts(self, records: Records) -> Iterator[Tokens]:
-        for text in self._encode([record.row["text"] for record in records.records]):
-            yield self._framed([], text.ids)
+        for text in self._tokenizer.encode([record.row["text"] for record in records.records]):
+            yield self._tokenizer.framed([], text.ids)
 
     def _prompts(self, records: Records) -> Iterator[Tokens]:
         rows = [record.row for record in records.records]
-        prompts = self._encode([row["prompt"] for row in rows])
-        joined = self._encode([row["prompt"] + row["completion"] for row in rows])
-        for row, prompt, whole in zip(rows, prompts, joined, strict=True):
-            seam = len(prompt.ids)
-            if whole.ids[:seam] == prompt.ids:
-                completion = whole.ids[seam:]
-            else:
-                completion = self._encode([row["completion"]])[0].ids
-            yield self._framed(prompt.ids, completion)
+        yield from self._tokenizer.completed(
+            [row["prompt"] for row in rows], [row["completion"] for row in rows]
+        )
 
     def _chats(self, records: Records) -> Iterator[Tokens]:
         chats = [self._render(record, records.path) for record in records.records]
@@ -139,7 +108,8 @@ class Vocabulary:
                 records.path,
                 last_only,
             )
-        for chat, encoding in zip(chats, self._encode([c.text for c in chats]), strict=True):
+        encodings = self._tokenizer.encode([chat.text for chat in chats])
+        for chat, encoding in zip(chats, encodings, strict=True):
             yield encoding.ids, _inside(encoding, chat.spans)
 
     def _render(self, record: Record, path: Path) -> RenderedChat:
@@ -152,16 +122,6 @@ class Vocabulary:
             return self._template.render_turns(record.row["messages"])
         except DataError as error:
             raise DataError(f"{path}:{record.line}: {error}") from None
-
-    def _framed(self, prompt: list[int], completion: list[int]) -> Tokens:
-        end = [] if completion[-1:] == self._end else self._end
-        ids = [*self._start, *prompt, *completion, *end]
-        known = len(self._start) + len(prompt)
-        return ids, [index >= known for index in range(len(ids))]
-
-    def _encode(self, texts: list[str]) -> list[Encoding]:
-        encodings: list[Encoding] = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        return encodings
 
     def check_ids(self, sequences: Sequences) -> None:
         """Check that the model knows every token, as input or to be predicted.
@@ -178,31 +138,10 @@ class Vocabulary:
             )
 
 
-def _load(tokenizer_file: Path) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ModelError(
-            f"{tokenizer_file} is not a tokenizer.json that this version of tokenizers reads "
-            f"({error}); save it again with a current transformers, or update tokenizers here"
-        ) from error
-    # Both may be stored in the file; cutting is ours, and nothing is ever padded.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
 def _template(model: ModelDescription) -> ChatTemplate | None:
     if model.chat_template is None:
         return None
     return ChatTemplate(model.chat_template, special_tokens=model.special_tokens)
-
-
-def _begin_of_text(tokenizer: Tokenizer) -> list[int]:
-    """Return what the tokenizer's post-processor puts in front of a text."""
-    probe = tokenizer.encode("a", add_special_tokens=True)
-    marked = zip(probe.ids, probe.special_tokens_mask, strict=True)
-    return [id_ for id_, _ in itertools.takewhile(lambda pair: pair[1] == 1, marked)]
 
 
 def _inside(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> list[bool]:

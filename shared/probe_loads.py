@@ -1,4 +1,4 @@
-"""What a program is given to do when it measures itself: which points, adapters and tokens.
+"""What a program is given to do when it measures itself, and the points that come of it.
 
 Pure. The points are such that every term of `shared.costs` can be told from the others.
 
@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from shared.adapters import HeldAdapters, LoraPair, ModuleAdapter
 from shared.architecture import ModelArchitecture
+from shared.protocol.profile import BlockPoint, HeadPoint
+from shared.repeats import Timing
 from shared.terms import LoraTerms
 
 Ranks: TypeAlias = Mapping[str, int]
@@ -133,6 +135,33 @@ def fresh_adapters(architecture: ModelArchitecture, ranks: Ranks, *, seed: int) 
             LoraPair(a_RI.astype(np.float32), b_OR.astype(np.float32), 1.0)
         )
     return adapters
+
+
+def block_point(
+    load: Load, forward: Timing, backward: Timing, *, adapter_parameters: int, peak_bytes: int
+) -> BlockPoint:
+    """Return what a load of blocks took, with the wider of both spreads."""
+    return BlockPoint(
+        blocks=load.blocks,
+        adapter_parameters=adapter_parameters,
+        sequences=load.sequences,
+        length=load.length,
+        in_flight=load.in_flight,
+        forward_s=forward.seconds,
+        backward_s=backward.seconds,
+        spread=max(forward.spread, backward.spread),
+        peak_bytes=peak_bytes,
+    )
+
+
+def head_point(load: Load, timing: Timing, *, extra_bytes: int) -> HeadPoint:
+    """Return what a load of the head took."""
+    return HeadPoint(
+        tokens=load.tokens,
+        seconds=timing.seconds,
+        spread=timing.spread,
+        extra_bytes=extra_bytes,
+    )
 
 
 def random_tokens(count: int, *, vocab_size: int, seed: int) -> npt.NDArray[np.int32]:

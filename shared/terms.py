@@ -21,7 +21,8 @@ LabelMode: TypeAlias = Literal["device", "server"]
 
 WireDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 ComputeDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
-HandBackMode: TypeAlias = Literal["residual", "merge"]
+HandBackMode: TypeAlias = Literal["residual", "merge", "svd", "zero-pad", "average"]
+"""What holders of adapters get after an aggregation. The last three lose something."""
 
 MOST_CLASSES = 1000
 
@@ -37,6 +38,7 @@ class LoraTerms:
     ``target_modules`` are suffixes of module paths; empty means the family's default.
     ``rank_pattern`` and ``alpha_pattern`` map a regular expression, matched against the end
     of the module path as PEFT does, to a rank or an alpha that replaces ``r`` / ``lora_alpha``.
+    ``freeze_a``: A stays as it was initialised and only B is trained (FFA-LoRA).
     """
 
     r: Rank = 8
@@ -45,6 +47,7 @@ class LoraTerms:
     target_modules: tuple[str, ...] = ()
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Alpha] = field(default_factory=dict)
+    freeze_a: bool = False
 
     def rank_of(self, module: str) -> int:
         """Return the rank of one module path; 0 means that it is not adapted."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator import demo as material
-from coordinator import program
+from coordinator import program, strategies
 from coordinator.demo import agents
 from coordinator.embedded_broker import EmbeddedBroker
 from coordinator.metrics import Summary
@@ -34,6 +35,8 @@ RANKS = {
     DeviceId("nano"): DeviceOverrides(r=4, lora_alpha=8.0),
 }
 """How many adapter parameters each may have; where they go, and all else, is planned."""
+RANK = 8
+"""Of everybody, where the strategy wants equal ranks."""
 BATCH = 8
 """Sequences of a device in each step, on average."""
 
@@ -41,41 +44,56 @@ ROUNDS = 4
 STEPS = 30
 
 
-def settings(
-    folder: Path, broker_url: str, *, labels: LabelMode, rounds: int | None
-) -> CoordinatorSettings:
-    """Return the demo's run: what a ``run.yaml`` would say."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a person may choose. ``rounds``: None for `ROUNDS`."""
+
+    labels: LabelMode = "device"
+    rounds: int | None = None
+    strategy: str = "hsplitlora"
+
+
+def settings(folder: Path, broker_url: str, wanted: Wanted) -> CoordinatorSettings:
+    """Return the demo's run: what a ``run.yaml`` would say.
+
+    Raises:
+        ConfigError: there is no such strategy.
+    """
+    strategy = strategies.named(wanted.strategy)
+    alike = strategies.STRATEGIES[strategy].ranks == "one"
+    rank = RANK if alike else max(own.r or 0 for own in RANKS.values())
     return CoordinatorSettings(
         run=RunSettings(folder=folder),
+        strategy=strategy,
         model=ModelSettings(name=str(material.base_folder())),
         broker=BrokerSettings(url=broker_url),
         devices=DeviceRules(min=len(RANKS), expected=len(RANKS), join_timeout_s=180),
-        plan=PlanSettings(batch=BATCH, devices=RANKS),
-        rounds=RoundSettings(count=rounds or ROUNDS, steps=STEPS),
-        lora=LoraTerms(r=16, lora_alpha=32.0, target_modules=("c_attn", "c_proj", "c_fc")),
+        plan=PlanSettings(batch=BATCH, devices={} if alike else RANKS),
+        rounds=RoundSettings(count=wanted.rounds or ROUNDS, steps=STEPS),
+        lora=LoraTerms(r=rank, lora_alpha=2.0 * rank, target_modules=("c_attn", "c_proj", "c_fc")),
         optimizer=OptimizerTerms(
             learning_rate=5e-3, warmup_steps=5, schedule="cosine", min_learning_rate_ratio=0.1
         ),
-        training=TrainingChoices(labels=labels, max_length=256),
+        training=TrainingChoices(labels=wanted.labels, max_length=256),
         threads=1,
         device="cpu",
     )
 
 
-def demo(folder: Path, clock: Clock, *, labels: LabelMode, rounds: int | None) -> Summary:
+def demo(folder: Path, clock: Clock, wanted: Wanted) -> Summary:
     """Carry out the demo, print what it did, and return its summary.
 
     Raises:
         HsplitError: something could not start, or an agent failed.
     """
+    strategies.named(wanted.strategy)  # before anything is started
     with EmbeddedBroker() as broker:
-        wanted = settings(folder, broker.url, labels=labels, rounds=rounds)
-        wanted = wanted.with_run_id(clock.wall_s())
-        print(f"broker: embedded {broker.kind} at {broker.url}; run folder: {wanted.run_folder}")
-        print(f"agents write their logs to {wanted.run_folder / 'agents'}")
-        with agents.running(wanted.run_folder / "agents", broker.url, labels=labels):
-            summary = program.run(wanted, clock, resume=False)
-    print(table(summary, wanted.run_folder))
+        run = settings(folder, broker.url, wanted).with_run_id(clock.wall_s())
+        print(f"broker: embedded {broker.kind} at {broker.url}; run folder: {run.run_folder}")
+        print(f"agents write their logs to {run.run_folder / 'agents'}")
+        with agents.running(run.run_folder / "agents", broker.url, labels=wanted.labels):
+            summary = program.run(run, clock, resume=False)
+    print(table(summary, run.run_folder))
     return summary
 
 

@@ -48,7 +48,7 @@ def residual_growth(devices: Sequence[FleetDevice], conditions: Conditions) -> i
 
     Each aggregation adds at most the ranks of all who trained the module, the server included.
     """
-    if conditions.hand_back == "merge":
+    if conditions.hand_back != "residual":
         return 0
     every = [*(device.terms.lora for device in devices), conditions.server_lora]
     return conditions.rounds * sum(max((lora.r, *lora.rank_pattern.values())) for lora in every)

@@ -48,7 +48,8 @@ class Conditions:
 
     ``server``: None: not measured, so its work is taken as free. ``server_lora``: what the
     server's copies of the blocks are adapted with. ``rounds``: aggregations of the whole run,
-    which bound what a `residual` can grow to. ``most_blocks`` that any device may be given.
+    which bound what a `residual` can grow to. ``most_blocks`` that any device may be given;
+    ``one_split_layer``: all that are planned get the same. ``only_split_layer``: and it is this.
     """
 
     architecture: ModelArchitecture
@@ -61,6 +62,8 @@ class Conditions:
     open_micro_batches: int = 16
     balance_batches: bool = True
     most_blocks: int | None = None
+    one_split_layer: bool = False
+    only_split_layer: int | None = None
     ranks: RankPolicy = "importance"
 
     @classmethod
@@ -84,5 +87,6 @@ class Conditions:
             open_micro_batches=settings.devices.open_micro_batches,
             balance_batches=settings.plan.balance_batches,
             most_blocks=settings.plan.most_blocks or max(1, architecture.block_count - 1),
+            one_split_layer=settings.plan.one_split_layer,
             ranks=settings.plan.ranks,
         )

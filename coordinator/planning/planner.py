@@ -8,7 +8,7 @@ the ranks: as many adapter parameters as the terms say, where the weights matter
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -69,6 +69,33 @@ def plan_fleet(
     Raises:
         PlanError: nobody can take part (with the reasons), or the server has no room.
     """
+    if not conditions.one_split_layer:
+        return _plan(devices, conditions, importance)
+    found: list[FleetPlan] = []
+    error: PlanError | None = None
+    for split_layer in _common_split_layers(devices, conditions):
+        try:
+            only = replace(conditions, only_split_layer=split_layer)
+            found.append(_plan(devices, only, importance))
+        except PlanError as why:
+            error = error or why
+    if not found:
+        assert error is not None  # there is at least one split layer to try
+        raise error
+    return min(found, key=lambda plan: (len(plan.refused), plan.predicted_step_s))
+
+
+def _common_split_layers(devices: Sequence[FleetDevice], conditions: Conditions) -> Sequence[int]:
+    """Return what may be tried as everybody's split layer: what somebody has already, or any."""
+    taken = {one.pinned.split_layer for one in devices if one.pinned is not None}
+    taken |= {n for one in devices if (n := one.terms.split_layer) is not None}
+    most = conditions.most_blocks or conditions.architecture.block_count
+    return sorted(taken) or range(1, most + 1)
+
+
+def _plan(
+    devices: Sequence[FleetDevice], conditions: Conditions, importance: Mapping[str, float]
+) -> FleetPlan:
     draft = _Draft(devices, conditions, RankBook(conditions, importance))
     draft.settle()
     draft.allocate()
@@ -146,9 +173,12 @@ class _Draft:
         )
 
     def _take_unmeasured(self, device: FleetDevice) -> None:
+        terms = device.terms
+        if terms.split_layer is None and self._conditions.only_split_layer is not None:
+            terms = replace(terms, split_layer=self._conditions.only_split_layer)
         plan = plan_device(
             device.device_id,
-            device.terms,
+            terms,
             architecture=self._conditions.architecture,
             training=self._conditions.training,
             declared_limit_bytes=device.declared_limit_bytes,

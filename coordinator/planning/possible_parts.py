@@ -46,7 +46,8 @@ class PossibleParts:
         """
         found: dict[DeviceId, Options] = {}
         left = [one for one in devices if self._is_sound(one)]
-        for share in SHARES:
+        # Factors that are averaged must be of one rank, so nobody can have fewer parameters.
+        for share in SHARES[:1] if self._conditions.hand_back == "average" else SHARES:
             for alike in _alike(left):
                 found.update(self._options(self._fitting(alike, share)))
             left = [one for one in left if one.device_id not in found]
@@ -114,10 +115,11 @@ class PossibleParts:
     def _allowed(self, devices: Sequence[FleetDevice]) -> npt.NDArray[np.bool_]:
         """Return which split layers the settings, the server and experience allow, (F, K)."""
         k = self._split_layer_K
-        least = self._room.least_split_layer
+        least, only = self._room.least_split_layer, self._conditions.only_split_layer
+        open_K = (k >= least) & ((k == only) | (only is None))
         return np.array(
             [
-                (k >= least) & (k <= self._most_blocks(one))
+                open_K & (k <= self._most_blocks(one))
                 if one.terms.split_layer is None
                 else k == one.terms.split_layer
                 for one in devices
@@ -135,7 +137,8 @@ class PossibleParts:
         )
 
     def _too_small(self, device: FleetDevice) -> str:
-        blocks, size = self._room.least_split_layer, int(_micro_batches(device)[0])
+        blocks = self._conditions.only_split_layer or self._room.least_split_layer
+        size = int(_micro_batches(device)[0])
         costs = self._book.of(device)
         cut = self._book.cut(device, blocks, share=SHARES[-1])
         needed = float(costs.memory_bytes(cut, size, at_once=1))

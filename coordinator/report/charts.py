@@ -19,6 +19,8 @@ PALETTE = (
     *("#0d9488", "#a8842c", "#dc2626", "#7c8798", "#84a30f"),
 )
 """Told apart, and seen, on white and on near-black."""
+SAFE_PALETTE = tuple(PALETTE[i] for i in (0, 1, 2, 3, 7, 8))
+"""Those of them that eyes with protan, deutan or tritan vision tell apart, too."""
 _DASHES = ("solid", "dashed", "dotted", "dashdot")
 
 
@@ -55,24 +57,33 @@ class Chart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """A series of points; ``steps`` keep each value until the next x."""
+    """A series of points; ``steps`` keep each value until the next x.
+
+    ``band``: lowest and highest y at each point, for a shade behind a line.
+    """
 
     xs: Sequence[float]
     ys: Sequence[float]
     key: Key
     kind: Literal["line", "dots", "steps", "bars"] = "line"
     in_legend: bool = True
+    band: tuple[Sequence[float], Sequence[float]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """What the two axes of a chart mean; ``whole_x``: only whole numbers are values of x."""
+    """What the two axes of a chart mean; ``whole_x``: only whole numbers are values of x.
+
+    ``log``: of y. ``highest``: the largest y that is shown; None for all.
+    """
 
     x: str
     y: str
     whole_x: bool = True
     from_zero: bool = False
     log: bool = False
+    log_x: bool = False
+    highest: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,9 +38,13 @@ def time_axis(records: RunRecords) -> TimeAxis:
     times = [point.time_s for points in records.metrics.values() for point in points]
     times += [plan.time for plan in records.plans]
     began_s = min(times, default=0.0)
-    span_s = max(times, default=0.0) - began_s
+    return axis_of(began_s, max(times, default=0.0))
+
+
+def axis_of(began_s: float, ended_s: float) -> TimeAxis:
+    """Return an axis for what lasts from ``began_s`` to ``ended_s``."""
     for unit_s, name in ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
-        if span_s > 2 * unit_s:
+        if ended_s - began_s > 2 * unit_s:
             return TimeAxis(began_s, unit_s, name)
     return TimeAxis(began_s, 1.0, "seconds")
 

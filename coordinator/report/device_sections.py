@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from coordinator.report import derived, wording
 from coordinator.report.charts import GRID, PALETTE, Bars, Chart, Grid, Key, Line, Scale
 from coordinator.report.drawing import grid_chart, line_chart, timeline_chart
+from coordinator.report.page import Row, Section, Table
 from coordinator.report.records import Plan, PlannedDevice, Point, RunRecords
-from coordinator.report.sections import Section, drawn, values
+from coordinator.report.sections import drawn, values
 
 SHOWN = 40
 """Devices that have a row, a line and a colour; a page of thousands helps nobody."""
@@ -20,6 +20,11 @@ SHOWN = 40
 _SERVER = "(server)"  # no device's name: these have no parentheses
 _MOST_PLANS = 60
 _MOST_BARS = 24
+_MOST_REFUSED = 40
+_COLUMNS = (
+    *("device", "split\nlayer", "sequences\na step", "LoRA rank"),
+    *("step\npredicted", "step\nmeasured", "target\ntokens"),
+)
 _COMPUTING = Key("computing", PALETTE[0])
 _WAITING = Key("waiting within a step", PALETTE[1])
 _BETWEEN = Key("hand-back, evaluation, waiting for others", GRID)
@@ -33,54 +38,44 @@ _TELEMETRY = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceRow:
-    """One device in the table of plans, in words."""
-
-    key: Key
-    split_layer: str
-    batch: str
-    ranks: str
-    predicted: str
-    measured: str
-    target_tokens: str
-    reason: str
-
-
 def shown(records: RunRecords) -> tuple[str, ...]:
     """Return the devices that the page shows: those in the latest plan first."""
     planned = records.plans[-1].devices if records.plans else ()
     return tuple(sorted(records.devices, key=lambda name: (name not in planned, name))[:SHOWN])
 
 
-def table(records: RunRecords, keys: Mapping[str, Key]) -> list[DeviceRow]:
-    """Return what each device does by the latest plan that has it."""
+def _tables(records: RunRecords, names: Sequence[str]) -> list[Table]:
+    """Return what each device does by the latest plan that has it, and who was refused."""
     latest = {name: one for plan in records.plans for name, one in plan.devices.items()}
     measured = _measured_step_s(records)
-    return [
-        _row(records, key, latest.get(name), measured_s=measured.get(name))
-        for name, key in keys.items()
-    ]
+    rows = [_row(records, name, latest.get(name), measured_s=measured.get(name)) for name in names]
+    left_out = len(records.devices) - len(names)
+    note = f"{left_out} more devices are not shown." if left_out else ""
+    tables = [Table(columns=_COLUMNS, rows=rows, note=note)]
+    refused = sorted(records.plans[-1].refused.items()) if records.plans else []
+    reasons = [Row((name,), why) for name, why in refused[:_MOST_REFUSED]]
+    tables.append(Table(columns=("refused",), rows=reasons))
+    return [table for table in tables if table.rows]
 
 
 def _row(
-    records: RunRecords, key: Key, planned: PlannedDevice | None, *, measured_s: float | None
-) -> DeviceRow:
+    records: RunRecords, name: str, planned: PlannedDevice | None, *, measured_s: float | None
+) -> Row:
     summary = records.summary.devices if records.summary else {}
-    done = next((one for name, one in summary.items() if name == key.name), None)
+    done = next((one for known, one in summary.items() if known == name), None)
     planned = planned or PlannedDevice(
         split_layer=done.split_layer if done else None, ranks=done.ranks if done else {}
     )
-    return DeviceRow(
-        key=key,
-        split_layer=wording.number(planned.split_layer),
-        batch=_batch_in_words(planned),
-        ranks=wording.ranks(planned.ranks.values()),
-        predicted=wording.seconds(planned.predicted_step_s),
-        measured=wording.seconds(measured_s),
-        target_tokens=wording.number(done.target_tokens if done else _tokens(records, key.name)),
-        reason=planned.reason or "",
+    cells = (
+        name,
+        wording.number(planned.split_layer),
+        _batch_in_words(planned),
+        wording.ranks(planned.ranks.values()),
+        wording.seconds(planned.predicted_step_s),
+        wording.seconds(measured_s),
+        wording.number(done.target_tokens if done else _tokens(records, name)),
     )
+    return Row(cells, planned.reason or "")
 
 
 def _batch_in_words(planned: PlannedDevice) -> str:
@@ -108,7 +103,7 @@ def _measured_step_s(records: RunRecords) -> dict[str, float]:
 
 
 def plans(records: RunRecords, keys: Mapping[str, Key]) -> Section:
-    """Return split layer, batch and mean rank of each device in each plan that changed one."""
+    """Return what each device does and why, and what the plans changed over time."""
     different = derived.differing(records.plans)
     kept = different[-_MOST_PLANS:]
     names = [name for name in keys if any(name in plan.devices for plan in kept)]
@@ -119,7 +114,9 @@ def plans(records: RunRecords, keys: Mapping[str, Key]) -> Section:
     )
     charts = [_plan_grid(title, kept, names, of=of) for title, of in grids]
     words = f"The last {_MOST_PLANS} of {len(different)} plans." if kept != different else ""
-    return Section(title="Plans", charts=drawn(*charts), text=words)
+    return Section(
+        title="Plans", charts=drawn(*charts), text=words, tables=_tables(records, list(keys))
+    )
 
 
 def _plan_grid(

@@ -31,6 +31,7 @@ from coordinator.report.charts import (
     Scale,
 )
 from coordinator.report.derived import Floats, thinned
+from coordinator.report.line_names import name_ends
 from coordinator.report.wording import number, shortened
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 WIDTH_INCHES = 4.4
 _HEIGHT_INCHES = 2.5
+_NAMED_HEIGHT_INCHES = 3.2
 _MOST_POINTS = 600
 _MOST_MARKERS = 40
 _MOST_LETTERED_COLUMNS = 12
@@ -80,16 +82,31 @@ def style() -> Iterator[None]:
         yield
 
 
-def line_chart(title: str, lines: Sequence[Line], *, scale: Scale, note: str = "") -> Chart | None:
-    """Return a chart of the lines that have a finite point; None where there is none."""
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    scale: Scale,
+    note: str = "",
+    named: bool = False,
+) -> Chart | None:
+    """Return a chart of the lines that have a finite point; None where there is none.
+
+    ``named``: each line's name stands at its end, in place of a legend; the chart is taller.
+    """
     drawn = [line for line in lines if np.isfinite(np.asarray(line.ys, dtype=float)).any()]
     if not drawn:
         return None
-    figure, axes = _axes(_HEIGHT_INCHES)
+    figure, axes = _axes(_NAMED_HEIGHT_INCHES if named else _HEIGHT_INCHES)
     for line in drawn:
         _draw(axes, line)
     _scale_axes(axes, scale)
-    keys = tuple(line.key for line in drawn if line.in_legend) if len(drawn) > 1 else ()
+    if scale.highest is not None:
+        _cut_off(axes, drawn, highest=scale.highest)
+    if named:
+        name_ends(axes, drawn)
+    in_legend = len(drawn) > 1 and not named
+    keys = tuple(line.key for line in drawn if line.in_legend) if in_legend else ()
     return Chart(title=title, svg=_svg(figure), keys=keys, note=note)
 
 
@@ -163,6 +180,9 @@ def _draw(axes: Axes, line: Line) -> None:
     key = line.key
     xs, ys = thinned(line.xs, line.ys, at_most=_MOST_POINTS)
     looks: dict[str, Any] = {"color": key.colour, "linestyle": key.dash}
+    if line.band is not None:
+        low, high = (thinned(line.xs, edge, at_most=_MOST_POINTS)[1] for edge in line.band)
+        axes.fill_between(xs, low, high, color=key.colour, alpha=0.16, linewidth=0)
     if line.kind == "bars":
         axes.bar(xs, ys, width=_bar_width(xs), color=key.colour)
     elif line.kind == "dots":
@@ -190,8 +210,36 @@ def _scale_axes(axes: Axes, scale: Scale) -> None:
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.7)))
     elif scale.from_zero:
         axes.set_ylim(0, axes.get_ylim()[1] * 1.03)
-    if scale.y == "bytes":
-        axes.yaxis.set_major_formatter(EngFormatter("B"))
+    if scale.log_x:
+        _scale_log_x(axes)
+    for axis, unit in ((axes.xaxis, scale.x), (axes.yaxis, scale.y)):
+        if unit == "bytes":
+            axis.set_major_formatter(EngFormatter("B"))
+
+
+def _scale_log_x(axes: Axes) -> None:
+    """Make x logarithmic, with as many numbers as there is room for beneath."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: PLC0415
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    decades = math.log10(high / low)
+    subs = (1.0, 2.0, 5.0) if decades < 2 else (1.0, 3.0) if decades < 3 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _cut_off(axes: Axes, lines: Sequence[Line], *, highest: float) -> None:
+    """Show no y above ``highest``, and no emptiness below the lowest."""
+    ys = [np.asarray(edge, dtype=float) for line in lines for edge in (line.ys, *(line.band or ()))]
+    shown = [y[np.isfinite(y) & (y < highest)] for y in ys]
+    lowest = min((float(y.min()) for y in shown if y.size), default=highest)
+    if lowest < highest:
+        scale = axes.yaxis.get_transform()
+        low, high = scale.transform([lowest, highest])
+        (bottom,) = scale.inverted().transform([low - 0.04 * (high - low)])
+        axes.set_ylim(float(bottom), highest)
 
 
 def _norm(finite: Floats, *, log: bool) -> Normalize:

@@ -9,8 +9,9 @@ import numpy as np
 from coordinator.report import derived
 from coordinator.report.charts import PALETTE, Chart, Grid, Key, Line, Scale
 from coordinator.report.drawing import grid_chart, line_chart
+from coordinator.report.page import Section
 from coordinator.report.records import RunRecords
-from coordinator.report.sections import Section, drawn
+from coordinator.report.sections import drawn
 
 
 def importance(records: RunRecords) -> Section:

@@ -12,20 +12,11 @@ import numpy as np
 from coordinator.report import derived
 from coordinator.report.charts import INK, MUTED, PALETTE, Chart, Key, Line, Scale
 from coordinator.report.drawing import line_chart
+from coordinator.report.page import Section
 from coordinator.report.records import Point, RunRecords
 from coordinator.report.wording import seconds
 
 UP, DOWN = Key("up", PALETTE[0]), Key("down", PALETTE[1])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """A part of the page. ``keys``: the legend of all its charts."""
-
-    title: str
-    charts: Sequence[Chart]
-    text: str = ""
-    keys: Sequence[Key] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,7 @@ class TorchBackend:
                 dtype=DTYPES[training.dtype],
                 device=self._device,
                 lora_dropout=lora.lora_dropout,
+                freeze_a=lora.freeze_a,
             ),
             training=training,
         )

@@ -16,10 +16,17 @@ from typing import Generic, TypeAlias, TypeVar
 
 from edge_agent.emulation.pipe import Pipe
 from edge_agent.emulation.spec import Emulation
-from shared.errors import HsplitError, PacketLimitError
+from shared.errors import HsplitError
 from shared.protocol.tensors import Buffer
 from shared.protocol.topics import Filter, Topic
-from shared.transport.base import Delivery, LinkDown, LinkUp, Transport, TransportEvent
+from shared.transport.base import (
+    Delivery,
+    LinkDown,
+    LinkUp,
+    Transport,
+    TransportEvent,
+    check_size,
+)
 from shared.transport.memory import matches
 
 logger = logging.getLogger(__name__)
@@ -165,11 +172,7 @@ class EmulatedTransport:
             PacketLimitError: the payload is larger than `max_payload_bytes`.
         """
         data = payload if isinstance(payload, bytes) else bytes(payload)
-        if len(data) > self.max_payload_bytes:
-            raise PacketLimitError(
-                f"a payload of {len(data)} bytes for {topic.name} is larger than the "
-                f"{self.max_payload_bytes} that this broker takes"
-            )
+        check_size(topic, len(data), self)
         if not self._is_up:
             logger.debug("not published on %s: the link is down", topic.name)
             return

@@ -65,15 +65,21 @@ class Dropout:
 class LoraLinear(nn.Module):
     """A frozen `nn.Linear` or GPT-2 `Conv1D` with an adapter; see the module's formula."""
 
-    def __init__(self, base: LinearBase, adapter: ModuleAdapter, *, dropout: Dropout) -> None:
-        """Wrap ``base``; factors are copied to its device in float32."""
+    def __init__(
+        self, base: LinearBase, adapter: ModuleAdapter, *, dropout: Dropout, freeze_a: bool = False
+    ) -> None:
+        """Wrap ``base``; factors are copied to its device in float32.
+
+        ``freeze_a``: only B is trained.
+        """
         super().__init__()
         self.base = base
         self.scaling = adapter.trainable.scaling
         self.a_RI: nn.Parameter | None = None
         self.b_OR: nn.Parameter | None = None
         if adapter.trainable.rank:
-            self.a_RI = nn.Parameter(_tensor(adapter.trainable.a_RI, base))
+            a_RI = _tensor(adapter.trainable.a_RI, base)
+            self.a_RI = nn.Parameter(a_RI, requires_grad=not freeze_a)
             self.b_OR = nn.Parameter(_tensor(adapter.trainable.b_OR, base))
         self._dropout = dropout
         self._hold_residual(adapter.frozen)
@@ -131,9 +137,10 @@ class LoraLinear(nn.Module):
 class PartAdapters:
     """The adapters in one part of a model, by full module path."""
 
-    def __init__(self, root: nn.Module, *, dropout: float) -> None:
-        """Start without any adapter in ``root``."""
+    def __init__(self, root: nn.Module, *, dropout: float, freeze_a: bool = False) -> None:
+        """Start without any adapter in ``root``; ``freeze_a``: of all, only B is trained."""
         self._root = root
+        self._freeze_a = freeze_a
         self.dropout = Dropout(dropout)
 
     def replace(self, adapters: HeldAdapters, *, fold: bool) -> None:
@@ -155,7 +162,10 @@ class PartAdapters:
                 _fold(base, frozen)
                 frozen = None
             wrapped = LoraLinear(
-                base, ModuleAdapter(adapter.trainable, frozen), dropout=self.dropout
+                base,
+                ModuleAdapter(adapter.trainable, frozen),
+                dropout=self.dropout,
+                freeze_a=self._freeze_a,
             )
             bare = not adapter.trainable.rank and frozen is None
             self._put(name, base if bare else wrapped)
@@ -166,7 +176,10 @@ class PartAdapters:
         return {name: pair for name, pair in pairs.items() if pair is not None}
 
     def parameters(self) -> Mapping[str, tuple[nn.Parameter, nn.Parameter]]:
-        """Return the trainable (A, B) of every module with a rank, by full module path."""
+        """Return (A, B) of every module with a rank, by full module path.
+
+        Both are trained, but a frozen A, which asks for no gradient.
+        """
         return {
             name: (module.a_RI, module.b_OR)
             for name, module in self._modules()

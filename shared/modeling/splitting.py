@@ -38,11 +38,12 @@ from shared.terms import TrainingChoices
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where a part lives, in which dtype, and with how much LoRA dropout."""
+    """Where a part lives, in which dtype, and what is to be known of its adapters."""
 
     dtype: torch.dtype
     device: torch.device
     lora_dropout: float = 0.0
+    freeze_a: bool = False
 
 
 class ModelPart(nn.Module):
@@ -81,7 +82,9 @@ class ModelPart(nn.Module):
             architecture=architecture,
         )
         self.head: Head | None = build_head(self.skeleton, architecture) if head else None
-        self.adapters = PartAdapters(self.skeleton, dropout=placement.lora_dropout)
+        self.adapters = PartAdapters(
+            self.skeleton, dropout=placement.lora_dropout, freeze_a=placement.freeze_a
+        )
         self._config: Any = self.skeleton.config
 
     def run_blocks(self, hidden_ND: torch.Tensor, packing: Packing, *, first: int) -> torch.Tensor:

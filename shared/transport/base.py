@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from shared.errors import PacketLimitError
 from shared.protocol.tensors import Buffer
 from shared.protocol.topics import Filter, Topic
 
@@ -99,3 +100,18 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Publish the death notice, disconnect, and stop every thread. May be called twice."""
+
+
+def check_size(
+    topic: Topic, size: int, transport: Transport, *, broker: str = "this broker"
+) -> None:
+    """Do nothing where ``size`` bytes may be published in one payload; ``broker``: its name.
+
+    Raises:
+        PacketLimitError: they are more than the transport's `max_payload_bytes`.
+    """
+    if size > transport.max_payload_bytes:
+        raise PacketLimitError(
+            f"a payload of {size} bytes for {topic.name} is larger than the "
+            f"{transport.max_payload_bytes} that {broker} takes"
+        )

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shared.clock import Clock
-from shared.errors import BrokerUnreachableError, PacketLimitError
+from shared.errors import BrokerUnreachableError
 from shared.protocol.tensors import Buffer
 from shared.protocol.topics import Filter, Topic
-from shared.transport.base import Delivery, LinkDown, LinkUp, TransportEvent, Will
+from shared.transport.base import Delivery, LinkDown, LinkUp, TransportEvent, Will, check_size
 
 DEFAULT_MAX_PAYLOAD_BYTES = 999_488
 """As a real broker leaves us: 1,000,000 less the packet's header."""
@@ -204,11 +204,7 @@ class MemoryTransport:
             PacketLimitError: the payload is larger than `max_payload_bytes`.
         """
         data = bytes(payload)
-        if len(data) > self.max_payload_bytes:
-            raise PacketLimitError(
-                f"a payload of {len(data)} bytes for {topic.name} is larger than the "
-                f"{self.max_payload_bytes} that this broker takes"
-            )
+        check_size(topic, len(data), self)
         if self._is_up:
             self._bytes_sent += len(data)
             self._broker.publish(topic, data, sender=self.name)

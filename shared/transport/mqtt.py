@@ -15,7 +15,7 @@ from shared.errors import BrokerUnreachableError, PacketLimitError, TransportErr
 from shared.protocol.tensors import Buffer
 from shared.protocol.topics import Filter, Topic
 from shared.transport import refusals
-from shared.transport.base import Delivery, LinkDown, LinkUp, TransportEvent, Will
+from shared.transport.base import Delivery, LinkDown, LinkUp, TransportEvent, Will, check_size
 from shared.transport.inbox import Inbox
 from shared.transport.lane import (
     PACKET_LIMIT_BYTES,
@@ -139,11 +139,7 @@ class MqttTransport:
             PacketLimitError: the payload is larger than `max_payload_bytes`.
         """
         size = memoryview(payload).nbytes
-        if size > self.max_payload_bytes:
-            raise PacketLimitError(
-                f"a payload of {size} bytes for {topic.name} is larger than the "
-                f"{self.max_payload_bytes} that broker {self._settings.url} takes"
-            )
+        check_size(topic, size, self, broker=f"broker {self._settings.url}")
         lanes = self._lanes
         if not lanes or not all(lane.ready for lane in lanes.values()):
             logger.debug("not published on %s: the link is down", topic.name)

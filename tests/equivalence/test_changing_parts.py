@@ -10,18 +10,15 @@ from collections import defaultdict
 
 import pytest
 
-from coordinator import checkpoints
 from coordinator.aggregation import SERVER
 from coordinator.planning.planner import DevicePlan
 from shared.errors import PlanError
 from shared.protocol.messages import Assignment, DeviceId, RoundStart
-from tests.support.closeness import relative
+from tests.support.law_4 import weights_compared
 from tests.support.outcomes import LINES, USUAL
 from tests.support.simulation import Simulation
 from tests.support.spies import watch_hand_backs
-from tests.support.tiny_models import tiny_model
-from tests.support.traffic import messages
-from tests.support.vocabularies import byte_level
+from tests.support.traffic import sent
 
 TARGETS = ["c_attn", "c_fc"]
 STEPS = 2
@@ -91,7 +88,7 @@ def dictate(monkeypatch: pytest.MonkeyPatch, sim: Simulation) -> None:
     ids="-".join,
 )
 def run(request, tmp_path_factory):
-    """Hand-backs by round and holder, G at the beginning of each round, and all messages."""
+    """The finished run, what was seen of its hand-backs, and how often each device loaded."""
     hand_back, labels = request.param
     folder = tmp_path_factory.mktemp(f"{hand_back}-{labels}")
     training = {"max_length": 48, "labels": labels, "wire_dtype": "float32"}
@@ -100,52 +97,37 @@ def run(request, tmp_path_factory):
         settings={**SETTINGS, "training": training, "aggregation": {"hand_back": hand_back}},
         model_changes={"n_layer": 4},
     )
+    loads = defaultdict(list)
     with pytest.MonkeyPatch.context() as patch:
         dictate(patch, sim)
         seen = watch_hand_backs(patch, sim)
         for device in "abc":
-            sim.add_device(device, lines=LINES)
+            added = sim.add_device(device, lines=LINES)
+            count_loads(patch, device, added.parts.backend, loads)
         sim.run()
-    by_round = defaultdict(dict)
-    for held in seen:
-        by_round[held.round][held.holder] = held
-    saved = folder / "runs" / "sim" / "checkpoints"
-    updates = {n + 1: checkpoints.load(saved / f"round-{n:06d}").update for n in range(5)}
-    return by_round, updates, sim
+    return sim, seen, loads
 
 
-def sent(sim):
-    return [one.message for one in messages(sim.broker.traffic)]
+def count_loads(patch, device, backend, loads) -> None:
+    load = backend.load
 
+    def counted(base, **terms):
+        loads[device].append(base.split_layer)
+        load(base, **terms)
 
-def base_weights():
-    model = tiny_model("gpt2", vocab_size=byte_level().get_vocab_size(), n_layer=4)
-    return {
-        name.removesuffix(".weight"): tensor.t().double().numpy()
-        for name, tensor in model.tensors.items()
-        if ".h." in name and ".c_" in name and name.endswith(".weight")
-    }
+    patch.setattr(backend, "load", counted)
 
 
 def test_every_side_computes_with_the_same_weights_after_every_change(run):
-    by_round, updates, _ = run
-    base = base_weights()
-    compared = 0
-    for round_, holders in by_round.items():
-        for held in holders.values():
-            for module, weight in held.weights.items():
-                update = updates[round_].get(module)
-                whole = base[module] if update is None else base[module] + update.total.delta_OI()
-                assert relative(weight, whole) <= 1e-5, (round_, held.holder, module)
-                if update is not None and update.total.rank:
-                    change = relative(weight - base[module], update.total.delta_OI())
-                    assert change <= 1e-4, (round_, held.holder, module)
-                    compared += 1
-    assert compared > 60
+    sim, seen, _ = run
+    assert weights_compared(sim, seen) > 60
 
 
 def test_blocks_moved_as_intended(run):
-    by_round, _, _ = run
+    _, seen, _ = run
+    by_round = defaultdict(dict)
+    for held in seen:
+        by_round[held.round][held.holder] = held
     for round_, splits in SPLITS.items():
         held = {d: len({m.split(".")[2] for m in by_round[round_][d].weights}) for d in splits}
         assert held == splits, round_
@@ -153,15 +135,16 @@ def test_blocks_moved_as_intended(run):
 
 
 def test_who_keeps_its_blocks_loads_nothing_anew(run):
-    _, _, sim = run
-    given = [m for m in sent(sim) if isinstance(m, Assignment)]
+    sim, _, loads = run
+    given = sent(sim.broker.traffic, Assignment)
     assert len(given) == 3 + 3 + 2 + 2
     assert [one.split_layer for one in given if one.keep] == [3]
+    assert loads == {"a": [1, 3, 2], "b": [2, 1, 4, 2], "c": [3, 1]}
 
 
 def test_a_changed_batch_goes_on_where_the_last_one_ended(run):
-    _, _, sim = run
-    starts = [m for m in sent(sim) if isinstance(m, RoundStart) and m.steps]
+    sim, _, _ = run
+    starts = [m for m in sent(sim.broker.traffic, RoundStart) if m.steps]
     positions = {one.first_sequence for one in starts if one.round == 4}
     # a and b take 4 sequences in each of the three rounds' two steps, c takes 4 once and then 3
     assert positions == {3 * 2 * 4, 2 * 4 + 2 * 2 * 3}

@@ -58,6 +58,7 @@ CARD = ModelCard(
     base_model="tiny",
     base_licence="mit",
     run_id="run-1",
+    strategy="hsplitlora",
     hand_back="residual",
     labels="device",
     rounds=5,

@@ -85,6 +85,7 @@ def test_a_run_with_probes_learns_what_one_without_learns(tmp_path):
     )
     assert probed.sim.fleet.importance.scores
     assert not plain.sim.fleet.importance.scores
+    assert plain.sim.model.update.keys() == probed.sim.model.update.keys() != set()
     for module, update in plain.sim.model.update.items():
         learnt = probed.sim.model.update[module].total
         np.testing.assert_array_equal(

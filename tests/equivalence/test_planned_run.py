@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-
 import pytest
 
-from shared.architecture import ModelArchitecture
 from shared.errors import MemoryFullError
 from shared.protocol.messages import Assignment, EvaluationResult, Ready, Refusal
 from tests.support.fleets import Machine
-from tests.support.outcomes import LINES
+from tests.support.planned import add_measured
 from tests.support.simulation import Simulation
-from tests.support.traffic import messages
+from tests.support.traffic import sent
 
 SETTINGS = {
     "rounds": {"count": 3, "steps": 2},
@@ -25,35 +21,11 @@ SETTINGS = {
 }
 
 
-class Profiled:
-    """Stands where a profiler does: says what a machine of this kind would have measured."""
-
-    def __init__(self, machine):
-        self.machine = machine
-        self.asked = []
-
-    def pieces(self, request):
-        return ("embeddings", "block.0")
-
-    def measure(self, request, files):
-        assert set(files) == {"embeddings", "block.0"}
-        self.asked.append(request)
-        architecture = ModelArchitecture.from_config(json.loads(request.config_json))
-        return self.machine.measured(architecture)
-
-
 def system(folder, machines, **settings):
     sim = Simulation(folder, settings={**SETTINGS, **settings}, model_changes={"n_layer": 4})
     for name, machine in machines.items():
-        device = sim.add_device(name, lines=LINES)
-        parts = replace(device.parts, profiler=Profiled(machine))
-        device.parts = device.agent._parts = parts
+        add_measured(sim, name, machine)
     return sim
-
-
-def sent(sim, kind):
-    found = [one.message for one in messages(sim.broker.traffic)]
-    return [one for one in found if isinstance(one, kind)]
 
 
 def test_parts_follow_from_measurements_and_ranks_from_importance(tmp_path):
@@ -67,12 +39,15 @@ def test_parts_follow_from_measurements_and_ranks_from_importance(tmp_path):
     assert sim.reporter.summary().perplexity_after < sim.reporter.summary().perplexity_before
     # Both were told to measure at the run's micro-batch, and sent what came of it.
     assert {len(d.parts.profiler.asked) for d in sim.devices.values()} == {1}
-    assert all(one.measurements is not None and one.data is not None for one in sent(sim, Ready))
+    assert all(
+        one.measurements is not None and one.data is not None
+        for one in sent(sim.broker.traffic, Ready)
+    )
     # Importance was probed in the first and the third round, by both, and moved the ranks.
-    probed = [one.round for one in sent(sim, EvaluationResult) if one.importance]
+    probed = [one.round for one in sent(sim.broker.traffic, EvaluationResult) if one.importance]
     assert sorted(probed) == [1, 1, 3, 3]
     assert sim.fleet.importance.scores
-    kept = [one for one in sent(sim, Assignment) if one.keep]
+    kept = [one for one in sent(sim.broker.traffic, Assignment) if one.keep]
     assert {one.plan_version for one in kept} == {2}
     assert any(len(set(one.ranks.values())) > 1 for one in kept)
 
@@ -81,7 +56,7 @@ def test_without_adapting_parts_stay(tmp_path):
     plan = {**SETTINGS["plan"], "adapt": False}
     sim = system(tmp_path, {"a": Machine(), "b": Machine()}, plan=plan)
     sim.run()
-    assert {one.plan_version for one in sent(sim, Assignment)} == {1}
+    assert {one.plan_version for one in sent(sim.broker.traffic, Assignment)} == {1}
 
 
 def test_a_device_that_fits_nothing_is_refused_by_name_and_the_others_go_on(tmp_path):
@@ -93,7 +68,7 @@ def test_a_device_that_fits_nothing_is_refused_by_name_and_the_others_go_on(tmp_
     )
     sim.run()
     assert sim.coordinator.finished
-    (refusal,) = sent(sim, Refusal)
+    (refusal,) = sent(sim.broker.traffic, Refusal)
     assert refusal.code == "does_not_fit"
     assert "tiny" in refusal.reason
     assert "248 MiB" in refusal.reason  # what it may use; what one block needs stands beside it
@@ -128,10 +103,10 @@ def test_a_device_whose_memory_is_full_in_a_round_gets_a_lighter_part(
 
     monkeypatch.setattr(backend, "step", full)
     sim.run()
-    (overloaded,) = [one for one in sent(sim, Ready) if one.overloaded]
+    (overloaded,) = [one for one in sent(sim.broker.traffic, Ready) if one.overloaded]
     assert "out of memory" in overloaded.overloaded
     assert held["b"] > 1
-    lighter = [one.split_layer for one in sent(sim, Assignment)]
+    lighter = [one.split_layer for one in sent(sim.broker.traffic, Assignment)]
     assert held["b"] - 1 in lighter
     assert sim.devices["b"].error is None
     assert sim.devices["a"].error is None

@@ -169,8 +169,8 @@ def test_the_exported_adapter_has_the_loss_of_the_last_evaluation(
         sim.add_device(device, lines=LINES)
     sim.run()
     card = ModelCard(
-        base_model="tiny", run_id="sim", hand_back=hand_back, labels=labels, rounds=ROUNDS,
-        steps=6, devices=(), perplexity_before=2.0, perplexity_after=1.0,
+        base_model="tiny", run_id="sim", strategy="hsplitlora", hand_back=hand_back, labels=labels,
+        rounds=ROUNDS, steps=6, devices=(), perplexity_before=2.0, perplexity_after=1.0,
     )  # fmt: skip
     folder = tmp_path / "adapter"
     adapter = export_adapter(sim.model.update, sim.config.model.name, folder, card=card)

@@ -11,6 +11,8 @@ import pytest
 from shared.protocol.topics import ROOT
 from shared.transport.memory import DEFAULT_MAX_PAYLOAD_BYTES
 from tests.support.faults import (
+    DISTURBANCES,
+    KINDS,
     RandomFaults,
     ScriptedFaults,
     delay_nth,
@@ -19,17 +21,6 @@ from tests.support.faults import (
 )
 from tests.support.outcomes import PATIENT, TOLERANCE, difference, outcome_of, trio
 
-KINDS = (
-    "activations", "gradients", "requests", "commands", "adapter", "handback", "weights",
-    "telemetry", "status",
-)  # fmt: skip
-DISTURBANCES = {
-    "drop": {"drop": 0.15},
-    "delay": {"delay": 0.3, "delay_s": 4.0},
-    "duplicate": {"duplicate": 0.4, "delay_s": 8.0},
-    "reorder": {"reorder": 0.5},
-    "all": {"drop": 0.08, "delay": 0.1, "duplicate": 0.15, "reorder": 0.2, "delay_s": 8.0},
-}
 SMALLEST_PAYLOAD_BYTES = 1088
 """A message then goes in chunks of 1 KiB, and most tensors need credit from their receiver."""
 

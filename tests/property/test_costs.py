@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from shared.costs import BYTES_PER_PARAMETER, HELD_BYTES_PER_PARAMETER, Costs, fit
 from shared.nonnegative import nonnegative_least_squares
 from shared.protocol.profile import BlockPoint, HeadPoint, Measurements, OptimizerPoint
+from tests.support.measured import measurements
 
 RUNTIME = 300_000_000
 LENGTH = 64
@@ -48,11 +49,7 @@ def measured_by(truth: dict[str, list[float]]) -> Measurements:
         for k, n, flight in itertools.product((1, 3), (1, 8), (1, 2))
     ]
     blocks.append(block_point(truth, 3, 8, 12_000, 1))
-    return Measurements(
-        hsplit_version="0",
-        backend="torch",
-        dtype="float32",
-        model="0" * 64,
+    return measurements(
         runtime_bytes=RUNTIME,
         blocks=tuple(blocks),
         head=tuple(
@@ -173,11 +170,7 @@ def anything(draw: st.DrawFn) -> Measurements:
     optimizers = st.builds(
         OptimizerPoint, adapter_parameters=st.integers(0, 10**6), seconds=positive
     )
-    return Measurements(
-        hsplit_version="0",
-        backend="torch",
-        dtype="float32",
-        model="0" * 64,
+    return measurements(
         runtime_bytes=RUNTIME,
         blocks=tuple(blocks),
         head=tuple(draw(st.lists(heads, max_size=3))),
@@ -216,8 +209,8 @@ WORK = {
     st.sampled_from(sorted(WORK)),
     st.integers(1, 1000),
 )
-def test_no_cost_falls_when_there_is_more_to_do(measurements, work, grows, by):
-    costs = fit(measurements)
+def test_no_cost_falls_when_there_is_more_to_do(measured, work, grows, by):
+    costs = fit(measured)
     less = everything(costs, work)
     more = everything(costs, {**work, grows: work[grows] + by})
     assert all(np.isfinite(less))

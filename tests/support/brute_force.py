@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from coordinator.planning.conditions import Conditions, FleetDevice
-from coordinator.planning.device_plan import DevicePlan, adapted
+from coordinator.planning.device_plan import DevicePlan
 from coordinator.planning.prediction import predict
 from shared.protocol.messages import DeviceId
+from tests.support.fleets import part
 
 
 def best_step_s(devices: Sequence[FleetDevice], conditions: Conditions) -> float:
@@ -52,12 +53,11 @@ def _fitting(
     for split_layer, micro_batch in itertools.product(range(1, blocks + 1), sizes):
         if micro_batch > device.terms.batch:
             continue
-        ranks, scalings = adapted(device.terms.lora, conditions.architecture, range(split_layer))
         for in_flight in range(device.terms.in_flight, 0, -1):
-            plan = DevicePlan(
-                split_layer=split_layer,
-                ranks=ranks,
-                scalings=scalings,
+            plan = part(
+                conditions.architecture,
+                split_layer,
+                lora=device.terms.lora,
                 batch=batch,
                 micro_batch=micro_batch,
                 in_flight=in_flight,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Hashable, Iterable, Mapping
 
 import numpy as np
 
@@ -10,9 +11,17 @@ from shared.adapters import Array, LoraPair
 
 
 def relative(actual: Array, expected: Array) -> float:
-    """Return ‖actual - expected‖ / ‖expected‖ in float64."""
-    difference = actual.astype(np.float64) - expected
-    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
+    """Return ‖actual - expected‖ / ‖expected‖ in float64; of nothing expected, 0 or infinity."""
+    apart = float(np.linalg.norm(actual.astype(np.float64) - expected))
+    norm = float(np.linalg.norm(expected.astype(np.float64)))
+    if norm == 0.0:
+        return 0.0 if apart == 0.0 else math.inf
+    return apart / norm
+
+
+def largest(numbers: Iterable[float]) -> float:
+    """Return the largest number, and NaN where there is one: `max` may pass over it."""
+    return float(np.max(list(numbers)))
 
 
 def largest_difference(
@@ -20,7 +29,8 @@ def largest_difference(
 ) -> float:
     """Return the largest `relative` difference of any factor; both must name the same pairs."""
     assert actual.keys() == expected.keys()
-    return max(
-        max(relative(pair.a_RI, expected[n].a_RI), relative(pair.b_OR, expected[n].b_OR))
-        for n, pair in actual.items()
+    return largest(
+        relative(mine, its)
+        for name, pair in actual.items()
+        for mine, its in ((pair.a_RI, expected[name].a_RI), (pair.b_OR, expected[name].b_OR))
     )

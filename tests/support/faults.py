@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shared.transport.memory import Faults, NoFaults, Parcel
 
+KINDS = (
+    "activations", "gradients", "requests", "commands", "adapter", "handback", "weights",
+    "telemetry", "status",
+)  # fmt: skip
+"""Every kind of parcel in a run."""
+DISTURBANCES: Mapping[str, Mapping[str, float]] = {
+    "drop": {"drop": 0.15},
+    "delay": {"delay": 0.3, "delay_s": 4.0},
+    "duplicate": {"duplicate": 0.4, "delay_s": 8.0},
+    "reorder": {"reorder": 0.5},
+    "all": {"drop": 0.08, "delay": 0.1, "duplicate": 0.15, "reorder": 0.2, "delay_s": 8.0},
+}
+"""Odds for `RandomFaults` by name."""
 RETAINED_STATE = frozenset({"status"})
 """Never disturbed by odds: a status is lost with its link, not alone."""
 

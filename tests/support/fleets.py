@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordinator.planning.conditions import Conditions, FleetDevice
+from coordinator.planning.device_plan import DevicePlan, adapted
 from coordinator.settings import DeviceTerms
 from shared.architecture import ModelArchitecture
 from shared.protocol.messages import DeviceId
@@ -19,6 +20,7 @@ from shared.protocol.profile import (
     OptimizerPoint,
 )
 from shared.terms import LoraTerms, TrainingTerms
+from tests.support.measured import measurements
 
 SHAPE = DataShape(mean_length=90.0, padded_length=100.0, longest=128)
 BLOCK_BYTES = 40_000_000
@@ -60,10 +62,7 @@ class Machine:
         """Return what a probe of it would find."""
         blocks = tuple(self._block(*point) for point in POINTS)
         tokens = sorted({point.sequences * point.length for point in blocks})
-        return Measurements(
-            hsplit_version="0",
-            backend="torch",
-            dtype="float32",
+        return measurements(
             model=architecture.fingerprint,
             runtime_bytes=RUNTIME_BYTES,
             memory_bytes=self.memory_bytes,
@@ -121,6 +120,27 @@ def device(
         terms=terms(**changes),
         measurements=machine.measured(architecture),
         data=SHAPE,
+    )
+
+
+def part(
+    architecture: ModelArchitecture,
+    split_layer: int,
+    *,
+    lora: LoraTerms,
+    batch: int = 4,
+    micro_batch: int = 2,
+    in_flight: int = 2,
+) -> DevicePlan:
+    """Return a part with the ranks that these terms say."""
+    ranks, scalings = adapted(lora, architecture, range(split_layer))
+    return DevicePlan(
+        split_layer=split_layer,
+        ranks=ranks,
+        scalings=scalings,
+        batch=batch,
+        micro_batch=micro_batch,
+        in_flight=in_flight,
     )
 
 

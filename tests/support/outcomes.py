@@ -9,7 +9,7 @@ from typing import Any
 
 from shared.adapters import Array
 from shared.transport.memory import DEFAULT_MAX_PAYLOAD_BYTES, Faults
-from tests.support.closeness import relative
+from tests.support.closeness import largest, relative
 from tests.support.faults import Latency
 from tests.support.simulation import Simulation
 
@@ -61,7 +61,7 @@ def difference(actual: Outcome, expected: Outcome) -> float:
     assert actual.tokens == expected.tokens
     assert actual.updates.keys() == expected.updates.keys()
     apart = [relative(actual.updates[m], one) for m, one in expected.updates.items()]
-    return max([*apart, abs(actual.perplexity / expected.perplexity - 1)])
+    return largest([*apart, abs(actual.perplexity / expected.perplexity - 1)])
 
 
 def trio(

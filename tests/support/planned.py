@@ -16,18 +16,31 @@ SPEEDS = {"a": 1.0, "b": 0.5, "c": 0.2}
 
 
 class Profiled:
-    """Stands where a profiler does: says what a machine of this kind would have measured."""
+    """Stands where a profiler does: says what a machine of this kind would have measured.
+
+    ``asked``: what it was to measure; ``lies``: fields of which it says something else.
+    """
 
     def __init__(self, machine):
         self._machine = machine
+        self.asked = []
         self.lies = {}
 
     def pieces(self, request):
         return ("embeddings", "block.0")
 
     def measure(self, request, files):
+        assert set(files) == {"embeddings", "block.0"}
+        self.asked.append(request)
         architecture = ModelArchitecture.from_config(json.loads(request.config_json))
         return replace(self._machine.measured(architecture), **self.lies)
+
+
+def add_measured(sim, name, machine):
+    """Start a device that is a machine of this kind."""
+    device = sim.add_device(name, lines=LINES)
+    device.parts = device.agent._parts = replace(device.parts, profiler=Profiled(machine))
+    return device
 
 
 def planned(
@@ -67,8 +80,4 @@ def planned(
 
 def add(sim, name, speed):
     """Start a device of this speed."""
-    device = sim.add_device(name, lines=LINES)
-    device.parts = device.agent._parts = replace(
-        device.parts, profiler=Profiled(Machine(speed=speed))
-    )
-    return device
+    return add_measured(sim, name, Machine(speed=speed))

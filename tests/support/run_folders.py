@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +35,8 @@ def write_run(
         f"run: {{id: my-run}}\nmodel: {{name: org/tiny}}\nrounds: {{count: 3, steps: {steps}}}\n"
     )
     with (
-        Journal(folder, clock) as journal,
-        MetricsWriter(folder, clock, tensorboard=False) as writer,
+        contextlib.closing(Journal(folder, clock)) as journal,
+        contextlib.closing(MetricsWriter(folder, clock, tensorboard=False)) as writer,
     ):
         writer.write(_evaluated(100.0, devices), round_=0, step=0)
         for number in range(1, rounds + 1):

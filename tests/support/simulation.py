@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from coordinator import checkpoints
+from coordinator import checkpoints, strategies
 from coordinator.coordinator import Coordinator
 from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
@@ -33,6 +33,7 @@ from edge_agent.participation import Parts
 from shared.architecture import ModelArchitecture
 from shared.errors import HsplitError
 from shared.protocol.messages import DeviceId, DeviceProfile
+from shared.protocol.profile import Measurements
 from shared.protocol.topics import agent_filters, coordinator_filters
 from shared.terms import TrainingChoices
 from shared.transport.link import MessageLink
@@ -139,6 +140,7 @@ class Simulation:
     model_changes: Mapping[str, Any] = field(default_factory=dict)
     max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
     share_labels: bool = True
+    measure_server: Callable[[int, int], Measurements] | None = None
 
     def __post_init__(self) -> None:
         self.clock = FakeClock()
@@ -148,7 +150,7 @@ class Simulation:
         model = self.folder / "base"
         if not model.exists():
             write_model(model, self.family, **self.model_changes)
-        self.config = CoordinatorSettings(
+        stated = CoordinatorSettings(
             **{
                 "run": {"id": "sim", "folder": self.folder / "runs"},
                 "model": {"name": str(model)},
@@ -157,6 +159,8 @@ class Simulation:
                 **self.settings,
             }
         )
+        shape = ModelArchitecture.from_config(json.loads((model / "config.json").read_text()))
+        self.config = strategies.applied(stated, block_count=shape.block_count)
         self.devices: dict[str, Device] = {}
         self.folder.joinpath("runs", "sim").mkdir(parents=True, exist_ok=True)
         self.coordinator = self._coordinator()
@@ -178,7 +182,7 @@ class Simulation:
             tensorboard=False,
             resumed_step=None if resumed is None else resumed.step,
         )
-        self.fleet = Fleet(settings, architecture)
+        self.fleet = Fleet(settings, architecture, measure_server=self.measure_server)
         if resumed is not None:
             model.resume(resumed)
             self.fleet.resume(resumed.state)
@@ -203,14 +207,26 @@ class Simulation:
         )
 
     def add_device(
-        self, name: str, *, lines: int = 24, seed: int | None = None, **profile: Any
+        self,
+        name: str,
+        *,
+        lines: int = 24,
+        seed: int | None = None,
+        text: tuple[Path, Path] | None = None,
+        **profile: Any,
     ) -> Device:
-        """Start an agent; the name alone decides its text, unless ``seed`` does."""
+        """Start an agent on ``text`` (training, held out).
+
+        Without any, the name alone decides its text, unless ``seed`` does.
+        """
         device = DeviceId(name)
-        chosen = sum(name.encode()) if seed is None else seed
-        write = write_text if self.config.training.task == "causal-lm" else write_labelled
-        text = write(self.folder / f"{name}.jsonl", lines=lines, seed=chosen)
-        loaded = records.load(text, evaluation_data=None, evaluation_fraction=0.25)
+        if text is None:
+            chosen = sum(name.encode()) if seed is None else seed
+            write = write_text if self.config.training.task == "causal-lm" else write_labelled
+            own = write(self.folder / f"{name}.jsonl", lines=lines, seed=chosen)
+            loaded = records.load(own, evaluation_data=None, evaluation_fraction=0.25)
+        else:
+            loaded = records.load(text[0], evaluation_data=text[1], evaluation_fraction=0.0)
         instance = new_instance()
         transport = MemoryTransport(
             self.broker, name=f"{name}-{instance}", will=status_will(device, instance)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from shared.protocol import chunking, codec
 from shared.protocol.messages import Message
 from shared.protocol.topics import Address, parse
+
+M = TypeVar("M")
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,8 @@ def messages(traffic: Iterable[tuple[str, bytes]]) -> Iterator[Sent]:
         if isinstance(joined, chunking.Joined):
             encoded = bytes(joined.payload)
             yield Sent(address, codec.decode(encoded), encoded)
+
+
+def sent(traffic: Iterable[tuple[str, bytes]], kind: type[M]) -> list[M]:
+    """Return all messages of one kind, in the order of their sending."""
+    return [one.message for one in messages(traffic) if isinstance(one.message, kind)]

@@ -33,6 +33,8 @@ from shared.protocol.messages import DeviceId
 from shared.protocol.profile import Measurements
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
 from shared.version import VERSION
+from tests.support.probe_specs import first_blocks
+from tests.testbed.bench_report import write_report
 from tests.testbed.system import ROOT
 
 if TYPE_CHECKING:  # the children must be as light as an agent
@@ -268,7 +270,7 @@ def bench_family(
 ) -> list[dict[str, Any]]:
     """Probe, fit, and measure every point of one family."""
     spec = spec_of(store, pieces(store, folder), TARGETS[family], options.threads)
-    measured = run_probe(_with_blocks(spec, probe_loads.MOST_BLOCKS))
+    measured = run_probe(first_blocks(spec, probe_loads.MOST_BLOCKS))
     costs = fit(measured)
     rows = []
     for point in POINTS:
@@ -283,13 +285,6 @@ def bench_family(
         _print_row(row)
         rows.append(row)
     return rows
-
-
-def _with_blocks(spec: ProbeSpec, count: int) -> ProbeSpec:
-    """Return the spec with the first ``count`` blocks only, as a device fetches them."""
-    held = {f"block.{j}" for j in range(count)}
-    files = {n: f for n, f in spec.files.items() if not n.startswith("block.") or n in held}
-    return ProbeSpec(**{**{f: getattr(spec, f) for f in spec.__slots__}, "files": files})
 
 
 def _errors(row: Mapping[str, Any]) -> dict[str, float]:
@@ -323,11 +318,8 @@ def _report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         summary[what] = {"median": statistics.median(sizes), "worst": max(sizes)}
         aim = f" (aim: median at most {AIMS[what]:.0%})" if what in AIMS else ""
         print(f"{what}: median error {summary[what]['median']:.1%}, worst {max(sizes):.1%}{aim}")
-    target = ROOT / "build" / "bench" / "costs.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    written = {"options": vars(options), "aims": AIMS, "summary": summary, "rows": rows}
-    target.write_text(json.dumps(written, indent=2) + "\n")
-    print(f"written: {target.relative_to(ROOT)}")
+    found = {"options": vars(options), "aims": AIMS, "summary": summary, "rows": rows}
+    write_report("costs", found)
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.testbed import large_base
+from tests.testbed.bench_report import write_report
 from tests.testbed.emulated_fleet import (
     IN_FLIGHT,
     LENGTH,
     MIB,
+    Bench,
     Device,
     MemoryModel,
     Outcome,
@@ -34,10 +35,11 @@ from tests.testbed.emulated_fleet import (
     base_and_text,
     emulation,
     finish,
+    planned_plan,
     run_settings,
     start_fleet,
 )
-from tests.testbed.system import ROOT, System, broker
+from tests.testbed.system import System, broker
 
 FLEET = (
     Device(name="workstation", speed=1.0, mbit_per_s=200),
@@ -51,15 +53,10 @@ AIM = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class FleetBench(Bench):
     """What all runs have in common."""
 
-    folder: Path
-    url: str
-    base: Path
-    text: Path
     memory: MemoryModel
-    options: argparse.Namespace
 
     def run(
         self, name: str, plan: Mapping[str, Any], *, rounds: int, must_fit: bool = False
@@ -113,12 +110,7 @@ def uniform_plan(split_layer: int, batch: int, micro_batch: int) -> dict[str, An
     }
 
 
-def planned_plan(batch: int) -> dict[str, Any]:
-    """Return the plan settings that leave everything to the planner but the mean batch."""
-    return {"batch": batch, "probe_sequences": 0, "ranks": "uniform"}
-
-
-def measure_uniform(bench: Bench, split_layer: int, micro_batch: int) -> Uniform:
+def measure_uniform(bench: FleetBench, split_layer: int, micro_batch: int) -> Uniform:
     """Return the median step of one uniform plan, in its second round."""
     needed = bench.memory.needed_bytes(split_layer=split_layer, micro_batch=micro_batch)
     step_s = None
@@ -133,7 +125,7 @@ def measure_uniform(bench: Bench, split_layer: int, micro_batch: int) -> Uniform
     return found
 
 
-def measured_uniforms(bench: Bench) -> list[Uniform]:
+def measured_uniforms(bench: FleetBench) -> list[Uniform]:
     """Measure for each micro-batch ever deeper splits, while that pays."""
     tried: list[Uniform] = []
     micro_batch = 1
@@ -160,13 +152,15 @@ def main() -> None:
             base, devices=len(FLEET), plan=plan, rounds=options.rounds, steps=options.steps
         )
         memory = MemoryModel.of(folder, base, settings)
-        bench = Bench(folder=folder, url=url, base=base, text=text, memory=memory, options=options)
+        bench = FleetBench(
+            folder=folder, url=url, base=base, text=text, memory=memory, options=options
+        )
         uniforms = measured_uniforms(bench)
         planned = bench.run("planned", planned_plan(bench.batch), rounds=options.rounds)
     _report(bench, planned, uniforms)
 
 
-def _report(bench: Bench, planned: Outcome, uniforms: Sequence[Uniform]) -> None:
+def _report(bench: FleetBench, planned: Outcome, uniforms: Sequence[Uniform]) -> None:
     options = bench.options
     best_s, best = min((one.step_s or math.inf, i) for i, one in enumerate(uniforms))
     step_s = planned.median_s(first_round=options.rounds)
@@ -198,7 +192,7 @@ def _report(bench: Bench, planned: Outcome, uniforms: Sequence[Uniform]) -> None
     write_report("fleet", found)
 
 
-def _print_parts(bench: Bench, parts: Mapping[str, Mapping[str, Any]]) -> None:
+def _print_parts(bench: FleetBench, parts: Mapping[str, Mapping[str, Any]]) -> None:
     columns = f"{'speed':>7}{'Mbit/s':>8}{'MiB':>6}{'k':>4}{'batch':>7}{'micro':>7}{'flight':>8}"
     print(f"{'device':<12}{columns}  why")
     for one in FLEET:
@@ -209,14 +203,6 @@ def _print_parts(bench: Bench, parts: Mapping[str, Mapping[str, Any]]) -> None:
             f"{part['split_layer']:>4}{part['batch']:>7}{part['micro_batch']:>7}"
             f"{part['in_flight']:>8}  {part['reason']}"
         )
-
-
-def write_report(name: str, found: Mapping[str, Any]) -> None:
-    """Write build/bench/<name>.json."""
-    target = ROOT / "build" / "bench" / f"{name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(found, indent=2) + "\n")
-    print(f"written: {target.relative_to(ROOT)}")
 
 
 def _options() -> argparse.Namespace:

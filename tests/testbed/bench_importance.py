@@ -44,7 +44,7 @@ from edge_agent.vocabulary import Vocabulary
 from shared.protocol.messages import DeviceId
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
 from tests.support.tiny_models import TinyModel
-from tests.testbed.system import ROOT
+from tests.testbed.bench_report import write_report
 
 DEVICE = DeviceId("bench")
 BATCH, MAX_LENGTH, EVALUATE_BATCH = 8, 128, 24
@@ -341,15 +341,12 @@ def _report(
             f"{row['learning_rate']:>8g}{row['mean']:>12.3f}{row['spread']:>8.3f}{against:>28}"
         )
     print("aim: importance below uniform")
-    target = ROOT / "build" / "bench" / "importance.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    content = {
+    found = {
         "options": vars(options),
         "rows": rows,
         "trainings": [asdict(outcome) for outcome in outcomes],
     }
-    target.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"written: {target.relative_to(ROOT)}")
+    write_report("importance", found)
 
 
 def _options() -> argparse.Namespace:

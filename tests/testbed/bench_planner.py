@@ -10,7 +10,6 @@ plans under the same prediction. Prints a table, writes build/bench/planner.json
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from shared.architecture import ModelArchitecture
 from shared.terms import LabelMode, TrainingTerms
 from tests.support import brute_force
 from tests.support.fleets import Machine, conditions, device, llama
-from tests.testbed.system import ROOT
+from tests.testbed.bench_report import write_report
 
 AIM_RATIO = 1.01
 AIM_SECONDS = 5.0
@@ -78,10 +77,14 @@ def random_fleet(
     ]
 
 
-def run(architecture: ModelArchitecture, labels: LabelMode, *, speed: float) -> Conditions:
-    """Return a run whose server has this speed."""
+def run(
+    architecture: ModelArchitecture, labels: LabelMode, *, speed: float, open_: int
+) -> Conditions:
+    """Return a run whose server has this speed, and so many micro-batches open at once."""
     training = TrainingTerms(max_length=128, labels=labels)
-    return conditions(architecture, server=Machine(speed=speed), training=training)
+    return conditions(
+        architecture, server=Machine(speed=speed), training=training, open_micro_batches=open_
+    )
 
 
 def small(random: np.random.Generator, options: argparse.Namespace) -> list[Small]:
@@ -92,7 +95,8 @@ def small(random: np.random.Generator, options: argparse.Namespace) -> list[Smal
         labels = LABELS[index // len(SMALL) % 2]
         architecture = llama(blocks)
         devices = random_fleet(random, architecture, count=count, batch=batch)
-        conditions_ = run(architecture, labels, speed=10 ** random.uniform(-1.3, 1))
+        speed = 10 ** random.uniform(-1.3, 1)
+        conditions_ = run(architecture, labels, speed=speed, open_=options.open)
         plan = plan_fleet(devices, conditions_)
         there = [one for one in devices if one.device_id in plan.plans]
         ratio = plan.predicted_step_s / brute_force.best_step_s(there, conditions_)
@@ -106,7 +110,7 @@ def large(random: np.random.Generator, options: argparse.Namespace) -> list[Larg
     for labels in LABELS:
         architecture = llama(BLOCKS)
         devices = random_fleet(random, architecture, count=options.devices, batch=BATCH)
-        conditions_ = run(architecture, labels, speed=50.0)
+        conditions_ = run(architecture, labels, speed=50.0, open_=options.open)
         times = [time.perf_counter()]
         for one in devices:
             assert one.measurements is not None
@@ -130,7 +134,8 @@ def main() -> None:
     _print_small(rows, searched_s)
     fleets = large(random, options)
     _print_large(fleets)
-    _write({"options": vars(options), "small": _data(rows), "large": _data(fleets)})
+    found = {"options": vars(options), "small": _data(rows), "large": _data(fleets)}
+    write_report("planner", found)
 
 
 def _print_small(rows: list[Small], seconds: float) -> None:
@@ -157,18 +162,12 @@ def _data(rows: list[Any]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def _write(data: dict[str, Any]) -> None:
-    target = ROOT / "build" / "bench" / "planner.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(data, indent=2) + "\n")
-    print(f"written: {target.relative_to(ROOT)}")
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fleets", type=int, default=60)
     parser.add_argument("--devices", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--open", type=int, default=16, help="devices.open_micro_batches")
     return parser.parse_args()
 
 

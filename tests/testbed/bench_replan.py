@@ -20,20 +20,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tests.testbed.bench_fleet import planned_plan, write_report
+from tests.testbed.bench_report import write_report
 from tests.testbed.emulated_fleet import (
     LENGTH,
+    Bench,
     Device,
     Outcome,
     base_and_text,
     emulation,
     finish,
+    planned_plan,
     run_settings,
     start_fleet,
 )
@@ -88,17 +89,6 @@ class Throttle:
         for one in self._family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.send_signal(signal_)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What both runs have in common."""
-
-    folder: Path
-    url: str
-    base: Path
-    text: Path
-    options: argparse.Namespace
 
 
 @contextlib.contextmanager

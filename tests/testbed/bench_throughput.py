@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator import demo
+from tests.testbed.bench_report import write_report
 from tests.testbed.system import ROOT, System, broker
 
 BATCH = 8
@@ -227,10 +227,7 @@ def _report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
             f"{row['overhead']:>10.2%}"
         )
     print(f"aim for the overhead: at most {AIM_OVERHEAD:.0%}")
-    target = ROOT / "build" / "bench" / "throughput.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({"options": vars(options), "rows": rows}, indent=2) + "\n")
-    print(f"written: {target.relative_to(ROOT)}")
+    write_report("throughput", {"options": vars(options), "rows": rows})
 
 
 def _options() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.planning.conditions import Conditions, FleetDevice
-from coordinator.planning.device_plan import DevicePlan, adapted
 from coordinator.planning.prediction import predict
 from coordinator.settings import CoordinatorSettings
 from shared import profile_file
@@ -22,6 +22,7 @@ from shared.architecture import ModelArchitecture
 from shared.protocol.messages import DeviceId
 from shared.protocol.profile import DataShape, ProfileFile
 from tests.support.brokers import wait_until
+from tests.support.fleets import part
 from tests.testbed import large_base
 from tests.testbed.system import ROOT, Process, System
 
@@ -50,6 +51,17 @@ class Device:
     speed: float
     mbit_per_s: float
     most_sequences: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What the runs of a benchmark have in common: where they are, and its command line."""
+
+    folder: Path
+    url: str
+    base: Path
+    text: Path
+    options: argparse.Namespace
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,11 @@ def run_settings(base: Path, *, devices: int, plan: Mapping[str, Any], rounds: i
     }
 
 
+def planned_plan(batch: int) -> dict[str, Any]:
+    """Return the plan settings that leave everything to the planner but the mean batch."""
+    return {"batch": batch, "probe_sequences": 0, "ranks": "uniform"}
+
+
 def emulation(device: Device, *, scale: float, memory_bytes: int | None) -> str:
     """Return the ``--emulate`` of a device whose fleet is ``scale`` times as fast as it says."""
     parts = [f"speed={device.speed * scale:g}"]
@@ -153,12 +170,10 @@ class MemoryModel:
     def needed_bytes(self, *, split_layer: int, micro_batch: int) -> float:
         """Return what a part takes at the most, with `IN_FLIGHT` micro-batches at once."""
         device_id = DeviceId("profiled")
-        lora = self.settings.lora
-        ranks, scalings = adapted(lora, self.architecture, range(split_layer))
-        plan = DevicePlan(
-            split_layer=split_layer,
-            ranks=ranks,
-            scalings=scalings,
+        plan = part(
+            self.architecture,
+            split_layer,
+            lora=self.settings.lora,
             batch=IN_FLIGHT * micro_batch,
             micro_batch=micro_batch,
             in_flight=IN_FLIGHT,

@@ -42,15 +42,20 @@ AGENT = {
 }
 COORDINATOR = {
     "run": {
-        *("file", "--resume", "--run-id", "--model", "--broker", "--log-level", "--log-format"),
+        *("file", "--resume", "--run-id", "--model", "--strategy", "--broker"),
+        *("--log-level", "--log-format"),
     },
     "plan": {
         *("file", "profiles", "--server-profile", "--measure-server", "--json"),
         *("--log-level", "--log-format"),
     },
-    "demo": {"--folder", "--labels", "--rounds", "--log-level", "--log-format"},
+    "demo": {"--folder", "--labels", "--rounds", "--strategy", "--log-level", "--log-format"},
     "export": {"run_folder", "--to", "--merged"},
     "report": {"run_folder", "--to"},
+    "shard": {
+        *("data", "--to", "--devices", "--by", "--column", "--alpha", "--sizes", "--seed"),
+        "--min-records",
+    },
     "health": {"--run-folder", "--max-age-s"},
 }
 

@@ -163,6 +163,22 @@ def test_the_memory_of_a_device_shows_that_it_holds_only_its_front(large):
 # --- the demo -------------------------------------------------------------------------------------
 
 
+def test_the_demo_shows_a_strategy_in_which_only_adapters_travel(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo, "STEPS", 6)
+    ended = coordinator_main(
+        "demo", "--rounds", "1", "--strategy", "ffa-lora", "--folder", str(tmp_path)
+    )
+    assert ended.code == 0, ended.words
+    (run_folder,) = tmp_path.glob("*-tiny-gpt2")
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert {device["split_layer"] for device in summary["devices"].values()} == {6}
+    # c_attn, both c_proj and c_fc of 6 blocks of width 192, at rank 8 in float32, of 3 devices.
+    adapters = 3 * 6 * 8 * 4 * 192 * (1 + 3 + 1 + 1 + 4 + 1 + 1 + 4)
+    assert adapters < summary["bytes_up"] < 1.1 * adapters, "nothing else goes up"
+    assert summary["perplexity_after"] < summary["perplexity_before"]
+
+
 def test_the_demo_runs_and_prints_what_it_did(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "STEPS", 8)  # of the 30 steps of each round

@@ -20,8 +20,14 @@ def weights(seed):
     return {n: random.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
 
 
-def contribution(device, examples):
-    return Contribution(device=device, split_layer=1, target_tokens=examples, adapters=None)
+def contribution(device, examples, classifier=None):
+    return Contribution(
+        device=device,
+        split_layer=1,
+        target_tokens=examples,
+        adapters=None,
+        classifier=classifier or {},
+    )
 
 
 def holder(name, *, fresh=False):
@@ -58,8 +64,7 @@ def test_the_mean_is_weighted_by_examples():
     one, two = weights(1), weights(2)
     mean = classifier.averaged(
         GlobalClassifier(weights=weights(0)),
-        [contribution("a", 30), contribution("b", 10), contribution("lost", 60)],
-        {"a": one, "b": two},
+        [contribution("a", 30, one), contribution("b", 10, two), contribution("lost", 60)],
     )
     for name, weight in mean.weights.items():
         assert relative(weight, 0.75 * one[name] + 0.25 * two[name]) < 1e-7
@@ -69,14 +74,14 @@ def test_the_mean_is_weighted_by_examples():
 
 def test_where_nobody_delivered_it_stays_and_belongs_to_nobody():
     old = GlobalClassifier(weights=weights(0), sole="a")
-    new = classifier.averaged(old, [contribution("a", 5)], {})
+    new = classifier.averaged(old, [contribution("a", 5)])
     assert new.weights is old.weights
     assert new.sole is None
 
 
 def test_only_a_device_alone_with_its_own_outcome_is_sent_nothing():
     after = classifier.averaged(
-        GlobalClassifier(weights=weights(0)), [contribution("a", 5)], {"a": weights(1)}
+        GlobalClassifier(weights=weights(0)), [contribution("a", 5, weights(1))]
     )
     assert not classifier.handed_to("a", after, [holder("a")])
     for device, holders in (

@@ -95,6 +95,13 @@ def test_the_demos_agents_agree_only_to_what_was_asked(tmp_path, labels):
     assert ("--share-labels" in command) == (labels == "server")
 
 
+def test_the_demo_names_the_strategies_before_it_starts_anything():
+    ended = coordinator_main("demo", "--strategy=fedavg")
+    assert ended.code == 2
+    assert "there is no strategy 'fedavg': choose one of hsplitlora, splitlora, hlo" in ended.words
+    assert "broker" not in ended.output
+
+
 @pytest.mark.parametrize("rounds", ["0", "-1", "2.5", "many", ""])
 def test_the_demo_has_at_least_one_round(rounds):
     ended = coordinator_main("demo", f"--rounds={rounds}")

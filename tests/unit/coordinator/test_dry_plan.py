@@ -96,6 +96,17 @@ def test_what_is_not_known_is_not_made_up(run_file, write):
     assert as_data(unknown)["devices"]["fast"]["predicted"] is None
 
 
+@pytest.mark.parametrize("flags", [(), ("--measure-server",)])
+def test_without_a_servers_profile_this_machine_measures_itself(
+    run_file, write, tmp_path, monkeypatch, flags
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = command(run_file, write("slow", Machine(speed=0.01)), *flags, "--json")
+    data = json.loads(done.output)
+    assert data["server_s"] > 0
+    assert data["devices"]["slow"]["predicted"]["server_s"] > 0
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -310,7 +310,7 @@ def test_nan_is_refused_and_leaves_no_trace():
     assert isinstance(failed.error, NumericsError)
     for one in (server, untouched):  # the very same micro-batch may come again, and counts once
         one.finish(one.nano, FIRST_STEP)
-        one.finish(one.orin, FIRST_STEP)
+        assert one.finish(one.orin, FIRST_STEP), "the step closed"
     for name, pair in server.trainer.adapters().items():
         expected = untouched.trainer.adapters()[name]
         np.testing.assert_array_equal(pair.a_RI, expected.a_RI)
@@ -406,7 +406,8 @@ def test_training_after_a_probe_is_as_if_there_had_been_none(labels):
             done = server.take(who, server.activations())
             if labels == "device":
                 done = server.take(who, server.gradients())
-            (*closing,) = server.round.handle(done.event)
+            closing = server.round.handle(done.event)
+        assert closing, "the step closed"
         for close in closing:
             server.trainer.close_step(
                 close.step, devices=close.devices, target_tokens=close.target_tokens

@@ -8,13 +8,12 @@ from types import MappingProxyType
 
 import pytest
 
-from coordinator.planning.device_plan import DevicePlan, adapted
 from coordinator.planning.planner import plan_fleet
 from coordinator.planning.prediction import predict
 from shared.errors import PlanError
 from shared.protocol.messages import DeviceId
 from shared.terms import LoraTerms, TrainingTerms
-from tests.support.fleets import SHAPE, Machine, conditions, device, llama
+from tests.support.fleets import SHAPE, Machine, conditions, device, llama, part
 
 MODEL = llama(8)
 FAST, SLOW = DeviceId("fast"), DeviceId("slow")
@@ -36,16 +35,10 @@ def two(**changes):
 def needs(one, split_layer, *, micro_batch=1, rank=8):
     """Return the bytes of a part with this rank in each of its modules."""
     lora = dataclasses.replace(one.terms.lora, r=rank)
-    ranks, scalings = adapted(lora, MODEL, range(split_layer))
-    part = DevicePlan(
-        split_layer=split_layer,
-        ranks=ranks,
-        scalings=scalings,
-        batch=micro_batch,
-        micro_batch=micro_batch,
-        in_flight=1,
+    own = part(
+        MODEL, split_layer, lora=lora, batch=micro_batch, micro_batch=micro_batch, in_flight=1
     )
-    found = predict({one.device_id: part}, [one], run())
+    found = predict({one.device_id: own}, [one], run())
     return found.devices[one.device_id].memory_bytes
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -22,7 +23,7 @@ NANO = {
 
 
 def write(folder, steps, *, resumed_step=None):
-    with Journal(folder, FakeClock(), resumed_step) as journal:
+    with contextlib.closing(Journal(folder, FakeClock(), resumed_step)) as journal:
         for step in steps:
             journal.plan(step, step, predicted_step_s=None, devices={}, refused={})
             journal.importance(step, step, {"transformer.h.0.attn.c_attn": float(step)})
@@ -56,7 +57,7 @@ def test_a_plan_is_one_line_with_each_devices_part_and_reason(tmp_path):
 
 
 def test_importance_is_a_line_and_the_latest_stands_in_a_file_of_its_own(tmp_path):
-    with Journal(tmp_path, FakeClock()) as journal:
+    with contextlib.closing(Journal(tmp_path, FakeClock())) as journal:
         journal.importance(1, 0, {"transformer.h.0.attn.c_attn": 0.5})
         journal.importance(3, 40, {"transformer.h.0.attn.c_attn": 0.75})
         written = lines(tmp_path / "importance.jsonl")
@@ -73,7 +74,7 @@ def test_numbers_are_json_whatever_they_come_as(tmp_path):
         "batch": np.int64(6),
         "ranks": {"q": np.int32(4)},
     }
-    with Journal(tmp_path, FakeClock()) as journal:
+    with contextlib.closing(Journal(tmp_path, FakeClock())) as journal:
         journal.plan(1, 0, predicted_step_s=np.nan, devices={"nano": nano}, refused={})
         journal.importance(1, 0, {"q": np.float32("nan"), "v": np.float32(0.5)})
     (plan,) = lines(tmp_path / "plans.jsonl")

@@ -1,3 +1,4 @@
+import contextlib
 import json
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from tests.support.metrics import read_metrics
 
 
 def write_steps(folder, steps, *, resumed_step=None, tensorboard=False):
-    with MetricsWriter(
-        folder, FakeClock(), tensorboard=tensorboard, resumed_step=resumed_step
+    with contextlib.closing(
+        MetricsWriter(folder, FakeClock(), tensorboard=tensorboard, resumed_step=resumed_step)
     ) as writer:
         for step in steps:
             writer.write({"train/loss": 10.0 - step}, round_=1, step=step)
@@ -40,7 +41,7 @@ def test_each_write_is_one_json_line_with_time_round_and_step(tmp_path):
 
 
 def test_the_file_stays_json_where_a_value_is_not_finite(tmp_path):
-    with MetricsWriter(tmp_path, FakeClock(), tensorboard=False) as writer:
+    with contextlib.closing(MetricsWriter(tmp_path, FakeClock(), tensorboard=False)) as writer:
         writer.write({"train/loss": float("nan")}, round_=1, step=1)
     assert read_metrics(tmp_path)[0]["train/loss"] is None
 

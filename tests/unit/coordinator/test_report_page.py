@@ -3,43 +3,18 @@
 import itertools
 import json
 import logging
-import re
-from html.parser import HTMLParser
-from xml.etree import ElementTree as ET
 
 import pytest
 
 from coordinator import report_page
 from coordinator.report import reading, sections
 from shared.errors import ConfigError, StorageError
+from tests.support.html_page import Page, charts_are_whole, needs_no_other_file
 from tests.support.run_folders import write_run
 from tests.testbed.in_process import coordinator_main
 
 HOSTILE = '<script>alert("nano")</script><img src=x onerror=alert(1)> $x^2$ & "quoted"'
 FILES = ("metrics.jsonl", "plans.jsonl", "importance.jsonl", "summary.json", "run.yaml")
-
-
-class Page(HTMLParser):
-    """What stands in a page."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.html = html
-        self.elements, self.attributes, self.words, self.charts = [], [], [], []
-        self.feed(html)
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append(tag)
-        self.attributes += attrs
-        if tag == "figure":
-            self.charts.append(dict(attrs)["aria-label"])
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-
-    def handle_data(self, data):
-        self.words.append(data)
 
 
 def page(folder):
@@ -105,23 +80,11 @@ def test_each_device_has_its_plan_and_the_reason(whole):
 
 
 def test_the_page_needs_no_other_file_and_runs_nothing(whole):
-    fetching = {"src", "href", "xlink:href", "srcset", "data", "action", "poster"}
-    fetched = [value for name, value in whole.attributes if name in fetching]
-    assert [value for value in fetched if not value.startswith("#")] == []
-    assert "@import" not in whole.html
-    assert re.findall(r"url\((?!#)", whole.html) == []
-    assert {"script", "iframe", "link", "object", "image", "img"} & set(whole.elements) == set()
-    assert [name for name, _ in whole.attributes if name.startswith("on")] == []
-    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in whole.attributes
+    needs_no_other_file(whole)
 
 
 def test_charts_are_whole_and_take_their_colours_from_the_page(whole):
-    drawings = re.findall(r"<svg.*?</svg>", whole.html, flags=re.DOTALL)
-    assert len(drawings) == len(whole.charts)
-    for drawing in drawings:
-        ET.fromstring(drawing)
-        assert "var(--" in drawing
-        assert "mathdefault" not in drawing
+    charts_are_whole(whole)
 
 
 def test_words_from_devices_are_words_in_the_page(tmp_path):

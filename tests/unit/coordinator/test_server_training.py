@@ -73,6 +73,11 @@ def same(actual, expected):
         np.testing.assert_array_equal(pair.b_OR, expected[name].b_OR)
 
 
+def moved(made, before):
+    """Tell whether every module's B is another than before."""
+    return all(not np.array_equal(made.adapters()[n].b_OR, p.b_OR) for n, p in before.items())
+
+
 def poisoned(value):
     hidden = unpack(hidden_frame()).copy()
     hidden[3, 4] = value
@@ -84,7 +89,7 @@ def test_a_closed_step_moves_the_adapters_and_reports_the_norm():
     before = made.adapters()
     assert isinstance(train(made), GradientResult)
     assert made.close_step(0, devices=[NANO], target_tokens=8) > 0
-    assert all(not np.array_equal(made.adapters()[n].b_OR, p.b_OR) for n, p in before.items())
+    assert moved(made, before)
 
 
 BAD_INPUTS = [
@@ -179,6 +184,7 @@ def test_a_step_cannot_close_over_an_open_micro_batch():
 @pytest.mark.parametrize("how", ["dropped", "not named"])
 def test_a_lost_devices_share_is_gone_whole(how):
     made, without = trainer(), trainer()
+    before = made.adapters()
     train(without, NANO)
     train(made, ORIN, seed=1)
     train(made, NANO)
@@ -187,6 +193,7 @@ def test_a_lost_devices_share_is_gone_whole(how):
         made.drop(ORIN)
     for one in (made, without):
         one.close_step(0, devices=[NANO], target_tokens=8)
+    assert moved(made, before)
     same(made.adapters(), without.adapters())
     for one in (made, without):
         train(one, NANO, step=1)
@@ -203,6 +210,7 @@ def test_dropping_a_device_closes_only_its_micro_batches():
     with pytest.raises(ProtocolError, match="dropped"):
         made.train_gradient(ORIN, KEY, head_gradient())
     made.train_gradient(NANO, KEY, head_gradient())
+    assert made.open_micro_batches == 0
 
 
 def test_blocks_below_a_devices_split_layer_get_no_gradient_of_it():
@@ -268,13 +276,15 @@ def test_a_restored_server_goes_on_as_if_nothing_happened():
     kept = {n: ModuleAdapter(pair) for n, pair in made.adapters().items()}
     resumed.set_adapters(kept, fold=False)
     resumed.restore_optimizer(made.optimizer_state())
+    before = made.adapters()
     for one in (made, resumed):
         two_steps(one, (2, 3))
+    assert moved(made, before)
     same(made.adapters(), resumed.adapters())
 
 
 def test_a_saved_state_of_another_plan_is_refused():
-    with pytest.raises(StorageError):
+    with pytest.raises(StorageError, match="of other modules than the adapters"):
         trainer(first_block=2).restore_optimizer(trainer().optimizer_state())
 
 

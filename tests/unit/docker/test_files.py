@@ -88,14 +88,11 @@ def test_the_composed_agents_load(service: str):
 def test_what_is_commented_out_is_a_setting_too(name: str):
     """Every commented key is known: uncommenting it must not stop the start."""
     program = AgentSettings if name == "agent.yaml" else CoordinatorSettings
-    text = re.sub(r"(?m)^( *)# (\w+:)", r"\1\2", (DOCKER / "config" / name).read_text())
+    as_shipped = (DOCKER / "config" / name).read_text()
+    text, uncommented = re.subn(r"(?m)^( *)# (\w+:)", r"\1\2", as_shipped)
+    assert uncommented > 5 or name == "testbed.yaml", "the lines are written in another way"
     text = text.replace("mqtt://", "mqtts://")  # certificates are for TLS only
-    environment = {"HSPLIT_DEVICE_ID": "nano"}
-    settings = program.load(
-        file=DOCKER / "config" / name, environment=environment if name == "agent.yaml" else {}
-    )
-    uncommented = program.model_validate(yaml.safe_load(text))
-    assert type(uncommented) is type(settings)
+    program.model_validate(yaml.safe_load(text))  # an unknown key is an error
 
 
 def test_every_file_that_compose_mounts_or_builds_exists():

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from edge_agent.labelled import labelled
+from edge_agent.labelled import labelled, warn_of_one_class
 from edge_agent.records import Records
 from shared.errors import DataError
 
@@ -87,8 +87,12 @@ def test_data_for_another_task_is_refused(tmp_path):
 def test_one_class_only_is_told_but_taken(tmp_path, caplog):
     records = written(tmp_path, row(1), row("equivalent"))
     with caplog.at_level(logging.WARNING):
-        assert len(labelled(records, CLASSES)) == 2
+        warn_of_one_class(labelled(records, CLASSES), records)
     assert "all 2 records are of one class" in caplog.text
+    caplog.clear()
+    two = written(tmp_path, row(1), row("not_equivalent"))
+    warn_of_one_class(labelled(two, CLASSES), two)
+    assert not caplog.text
 
 
 def test_the_columns_of_a_classification_mean_nothing_to_other_runs(tmp_path):

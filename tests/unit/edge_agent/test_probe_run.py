@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,34 +14,18 @@ from edge_agent.probe_run import ProbeRun
 from edge_agent.probe_spec import ProbeLine, ProbeSpec
 from shared.errors import PlanError
 from shared.memory_use import resident_bytes
-from shared.protocol.messages import DeviceId
 from shared.protocol.tensors import TensorFrame
-from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
+from shared.terms import TrainingTerms
 from tests.support.fake_clock import FakeClock
-from tests.support.tiny_models import FAMILIES, tiny_model
+from tests.support.probe_specs import first_blocks, probe_spec
+from tests.support.tiny_models import FAMILIES
 
 MIB = 2**20
 
 
-def spec(folder: Path, *, family: str = "gpt2", blocks: int = 3, **changes: object) -> ProbeSpec:
-    model = tiny_model(family)
-    files = model.write_pieces(folder)
-    for block in range(blocks, model.architecture.block_count):
-        del files[f"block.{block}"]
-    exact = ProbeSpec(
-        backend="torch",
-        device="cpu",
-        config_json=json.dumps(model.config),
-        files=files,
-        device_id=DeviceId("nano"),
-        training=TrainingTerms(max_length=32),
-        lora=LoraTerms(r=4),
-        optimizer=OptimizerTerms(),
-        micro_batch=4,
-        length=16,
-        budget_s=500.0,
-    )
-    return dataclasses.replace(exact, **changes)  # type: ignore[arg-type]
+def spec(folder: Path, *, blocks: int = 3, **changes: Any) -> ProbeSpec:
+    """Return what a probe is told of a model's first ``blocks``."""
+    return first_blocks(probe_spec(folder, **{"budget_s": 500.0, **changes}), blocks)
 
 
 def run(spec: ProbeSpec, backend: TorchBackend | None = None) -> list[ProbeLine]:

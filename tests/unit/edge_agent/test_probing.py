@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,29 +21,15 @@ from shared.costs import fit
 from shared.errors import ConfigError, ModelError, PlanError
 from shared.memory_use import resident_bytes
 from shared.protocol.messages import DeviceId
-from shared.protocol.profile import Measurements
-from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
 from tests.support import probe_children
+from tests.support.measured import measurements
+from tests.support.probe_specs import probe_spec
 from tests.support.tiny_models import tiny_model
 
 
-def spec(folder: Path, **changes: object) -> ProbeSpec:
-    model = tiny_model("gpt2")
-    exact = ProbeSpec(
-        backend="torch",
-        device="cpu",
-        threads=1,
-        config_json=json.dumps(model.config),
-        files=model.write_pieces(folder),
-        device_id=DeviceId("nano"),
-        training=TrainingTerms(max_length=32),
-        lora=LoraTerms(r=4),
-        optimizer=OptimizerTerms(),
-        micro_batch=4,
-        length=16,
-        budget_s=30.0,  # far more than it takes
-    )
-    return dataclasses.replace(exact, **changes)  # type: ignore[arg-type]
+def spec(folder: Path, **changes: Any) -> ProbeSpec:
+    """Return what a child is told; its time is far more than it takes."""
+    return probe_spec(folder, **{"threads": 1, "budget_s": 30.0, **changes})
 
 
 def test_a_child_measures_what_the_costs_are_fitted_to(tmp_path):
@@ -59,11 +45,7 @@ def test_a_child_measures_what_the_costs_are_fitted_to(tmp_path):
     assert [p.tokens for p in found.head] == [64, 16]
     assert len({p.adapter_parameters for p in found.optimizer}) == 2
     costs = fit(
-        Measurements(
-            hsplit_version="0",
-            backend="torch",
-            dtype="float32",
-            model="0" * 64,
+        measurements(
             runtime_bytes=found.runtime_bytes,
             blocks=found.blocks,
             head=found.head,

@@ -10,6 +10,7 @@ import pytest
 from shared.costs import BYTES_PER_PARAMETER, fit
 from shared.errors import PlanError
 from shared.protocol.profile import BlockPoint, HeadPoint, Measurements, OptimizerPoint
+from tests.support.measured import measurements
 
 MIB = 2**20
 RUNTIME = 300 * MIB
@@ -30,15 +31,7 @@ def point(blocks: int, sequences: int, **changes: object) -> BlockPoint:
 
 
 def measured(*blocks: BlockPoint, **changes: object) -> Measurements:
-    exact = Measurements(
-        hsplit_version="0",
-        backend="torch",
-        dtype="float32",
-        model="0" * 64,
-        runtime_bytes=RUNTIME,
-        blocks=blocks,
-    )
-    return dataclasses.replace(exact, **changes)  # type: ignore[arg-type]
+    return measurements(**{"runtime_bytes": RUNTIME, "blocks": blocks, **changes})
 
 
 FOUR = (point(1, 1), point(1, 8), point(3, 1), point(3, 8))

@@ -10,7 +10,6 @@ import pytest
 from coordinator.planning.adapter_sizes import SizeBook, residual_growth
 from coordinator.planning.cost_book import CostBook
 from coordinator.planning.cost_model import SPARE, added, contended_s, stages
-from coordinator.planning.device_plan import DevicePlan, adapted
 from coordinator.planning.prediction import predict
 from shared.protocol.messages import DeviceId
 from shared.terms import LoraTerms, TrainingTerms
@@ -23,6 +22,7 @@ from tests.support.fleets import (
     conditions,
     device,
     llama,
+    part,
 )
 
 MODEL = llama(4)
@@ -165,16 +165,8 @@ def test_below_float32_a_residual_stays_factored():
 # --- predictions ----------------------------------------------------------------------------------
 
 
-def plan(split_layer=2, batch=4, micro_batch=2, in_flight=2, r=8):
-    ranks, scalings = adapted(LoraTerms(r=r), MODEL, range(split_layer))
-    return DevicePlan(
-        split_layer=split_layer,
-        ranks=ranks,
-        scalings=scalings,
-        batch=batch,
-        micro_batch=micro_batch,
-        in_flight=in_flight,
-    )
+def plan(split_layer=2, *, r=8, **changes):
+    return part(MODEL, split_layer, lora=LoraTerms(r=r), **changes)
 
 
 def predicted(own, machine=LINK, labels="device", **changes):

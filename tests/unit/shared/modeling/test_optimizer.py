@@ -216,8 +216,13 @@ def test_a_state_is_arrays_that_safetensors_holds(tmp_path):
     modules = {"model.layers.1.q_proj": factors()}
     optimizer = started(**modules)
     run(optimizer, modules, range(2))
-    save_file(optimizer.state(), tmp_path / "optimizer.safetensors")
+    state = optimizer.state()
+    save_file(state, tmp_path / "optimizer.safetensors")
+    run(optimizer, modules, range(2, 4))
     optimizer.restore(load_file(tmp_path / "optimizer.safetensors"))
+    restored = optimizer.state()
+    assert restored.keys() == state.keys()
+    assert all(np.array_equal(restored[name], array) for name, array in state.items())
 
 
 @pytest.mark.parametrize("others", [{"other": factors()}, {"m": factors(rank=3)}, {}])
