@@ -71,7 +71,7 @@ def export_merged(adapter: Path, base: str, folder: Path, *, revision: str | Non
     """
     config = _base_config(base, revision)
     plain = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
-    with _without_their_quarrel():
+    with without_their_quarrel():
         merged = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()
     merged = merged.to(config.dtype or torch.float32)
     with replacing(folder) as fresh:
@@ -134,7 +134,7 @@ def _check_with_peft(
     tensors: Mapping[str, torch.Tensor], *, lora: LoraConfig, model_config: PretrainedConfig
 ) -> None:
     try:
-        with torch.device("meta"), _without_their_quarrel():
+        with torch.device("meta"), without_their_quarrel():
             plain: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
             skeleton = get_peft_model(plain, lora)
     except ValueError as error:
@@ -150,7 +150,7 @@ def _check_with_peft(
 
 
 @contextlib.contextmanager
-def _without_their_quarrel() -> Iterator[None]:
+def without_their_quarrel() -> Iterator[None]:
     """Hide that PEFT 0.21 asks transformers 5.23 by a name that is going away: not ours to mend."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
