@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coordinator.handback import HandBack
 from coordinator.model_store import ModelStore
-from coordinator.planning.planner import DevicePlan
+from coordinator.planning.device_plan import DevicePlan
 from coordinator.wire_adapters import to_wire
 from shared.classifier_weights import ClassifierTensors
 from shared.errors import ProtocolError

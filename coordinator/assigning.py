@@ -14,7 +14,7 @@ from coordinator import answers
 from coordinator.fleet import Fleet
 from coordinator.membership import Membership, StaleRequestError
 from coordinator.planning.cost_book import fitted
-from coordinator.planning.planner import DevicePlan
+from coordinator.planning.device_plan import DevicePlan
 from coordinator.quorum import Quorum, Verdict
 from coordinator.registry import Member, Stage
 from coordinator.settings import DeviceRules

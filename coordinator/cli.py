@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from coordinator.evaluation import choices
 from shared import health, logs, version
 from shared.clock import SystemClock
 from shared.config_layers import Flag
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands.add_parser("plan", help="what a run would do with measured devices"))
     _add_demo(commands.add_parser("demo", help="the whole system on this machine: 3 agents"))
     _add_export(commands.add_parser("export", help="write a run's adapter, or the merged model"))
+    _add_evaluate(commands.add_parser("evaluate", help="perplexity and NLG metrics of an adapter"))
     _add_report(commands.add_parser("report", help="write a run's curves and plans as one page"))
     _add_shard(commands.add_parser("shard", help="split a data set over devices, reproducibly"))
     _add_health(commands.add_parser("health", help="exit 0 if the run makes progress, else 20"))
@@ -97,6 +99,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, default=None, help="target folder")
     parser.add_argument("--merged", action="store_true", help="the full model with its update")
     parser.set_defaults(command=_export)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    choices.add_flags(parser)
+    _add_logging(parser)
+    parser.set_defaults(command=_evaluate)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -192,6 +200,16 @@ def _export(arguments: argparse.Namespace) -> None:
 
     logs.set_up("warning")
     print(program.export(arguments.run_folder, arguments.to, merged=arguments.merged))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from coordinator import json_lines  # noqa: PLC0415 - as in `_run`
+    from coordinator.evaluation import program, report  # noqa: PLC0415
+
+    logs.set_up(arguments.log_level or "warning", arguments.log_format or "text")
+    outcome = program.evaluate(choices.wanted(arguments), SystemClock())
+    data = json.dumps(json_lines.jsonable(report.as_data(outcome)), indent=2)
+    print(data if arguments.json else report.as_table(outcome))
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 from coordinator.importance import Importance, Measured, theta
 from coordinator.planning.assigned_ranks import RankBook
 from coordinator.planning.conditions import Conditions, FleetDevice
-from coordinator.planning.cost_model import ITEM_BYTES
 from coordinator.planning.device_plan import DevicePlan
 from coordinator.planning.planner import FleetPlan, plan_fleet
 from coordinator.planning.prediction import Prediction, predict
@@ -35,6 +34,7 @@ from shared.architecture import ModelArchitecture
 from shared.errors import PlanError, StorageError
 from shared.protocol.messages import DeviceId
 from shared.protocol.profile import Measurements
+from shared.protocol.tensors import ITEM_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Fleet:
 
     def server_ranks(self, blocks: range) -> tuple[Mapping[str, int], Mapping[str, float]]:
         """Return the ranks and scalings of the server's copy of ``blocks``."""
-        return self._rank_book.of(self._settings.lora, blocks, share=1.0)
+        return self._rank_book.of(self._settings.lora, blocks)
 
     @property
     def _rank_book(self) -> RankBook:

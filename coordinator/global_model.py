@@ -25,7 +25,7 @@ from coordinator.checkpoints import Checkpoint
 from coordinator.classifier import GlobalClassifier
 from coordinator.handback import HandBack, Holder, carry_on, hand_back
 from coordinator.model_store import ModelStore
-from coordinator.planning.planner import adaptable_shapes
+from coordinator.planning.device_plan import adaptable_shapes
 from coordinator.registry import Member
 from coordinator.run_folder import STATE_BASE
 from coordinator.server_training import ServerTrainer

@@ -61,9 +61,12 @@ class ModelTexts:
     eos_token_id: int | None
 
 
-def find_model(name_or_path: str, *, revision: str | None = None) -> ModelFolder:
+def find_model(
+    name_or_path: str, *, revision: str | None = None, setting: str = "model.name"
+) -> ModelFolder:
     """Return the folder of a model, fetching it from the Hugging Face hub where needed.
 
+    ``setting``: where the name was given, for errors.
     The hub's own settings hold: ``HF_HOME``, ``HF_TOKEN``, and with ``HF_HUB_OFFLINE=1`` only
     what is in its cache.
 
@@ -74,8 +77,8 @@ def find_model(name_or_path: str, *, revision: str | None = None) -> ModelFolder
     if path.is_dir():
         return ModelFolder(source=name_or_path, path=path)
     if not hub.is_hub_name(name_or_path):
-        raise ModelError(f"model {name_or_path}: no such folder; check model.name")
-    fetched = hub.fetch(name_or_path, files=WANTED, revision=revision, setting="model.name")
+        raise ModelError(f"model {name_or_path}: no such folder; check {setting}")
+    fetched = hub.fetch(name_or_path, files=WANTED, revision=revision, setting=setting)
     return ModelFolder(source=name_or_path, path=fetched, revision=fetched.name)
 
 

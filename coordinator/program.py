@@ -22,7 +22,7 @@ from coordinator.journal import Journal
 from coordinator.metrics import SUMMARY_FILE, DeviceSummary, MetricsWriter, Summary
 from coordinator.model_card import CardDevice, ModelCard
 from coordinator.model_store import ModelStore
-from coordinator.planning.planner import adaptable_shapes
+from coordinator.planning.device_plan import adaptable_shapes
 from coordinator.presence import Presence
 from coordinator.reporting import Reporter, Tallies
 from coordinator.server_measuring import ServerWork, measure_server

@@ -10,7 +10,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from coordinator.planning.planner import DevicePlan
+from coordinator.planning.device_plan import DevicePlan
 from shared.protocol.calls import AnswerBook
 from shared.protocol.messages import Call, DeviceId, DeviceProfile, JoinRequest, SessionId
 from shared.protocol.profile import DataShape, Measurements, Telemetry

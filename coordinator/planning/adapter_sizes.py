@@ -17,9 +17,6 @@ from shared.terms import LoraTerms
 Array: TypeAlias = npt.NDArray[np.float64]
 LoraKey: TypeAlias = tuple[object, ...]
 
-STATE_BYTES_PER_PARAMETER = 16
-"""An adapter's value, gradient and AdamW's two moments, all float32."""
-
 RESIDUAL_ITEM_BYTES = 4
 
 

@@ -11,7 +11,6 @@ import numpy.typing as npt
 from coordinator.planning.adapter_sizes import SizeBook, residual_growth
 from coordinator.planning.conditions import Conditions, FleetDevice
 from coordinator.planning.cost_model import (
-    ITEM_BYTES,
     Cut,
     DeviceCosts,
     Integers,
@@ -20,6 +19,7 @@ from coordinator.planning.cost_model import (
 )
 from shared.costs import Costs, fit, stacked
 from shared.protocol.profile import DataShape, LinkMeasurement, Measurements
+from shared.protocol.tensors import ITEM_BYTES
 from shared.terms import TrainingTerms
 
 FREE_LINK = LinkMeasurement(uplink_bytes_per_s=1e14, downlink_bytes_per_s=1e14, round_trip_s=1e-9)

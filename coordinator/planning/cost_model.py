@@ -24,7 +24,6 @@ Array: TypeAlias = npt.NDArray[np.float64]
 Numbers: TypeAlias = "npt.NDArray[Any] | float"
 Integers: TypeAlias = "npt.NDArray[np.int64] | int"
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LABEL_BYTES = 4
 SPARE = 0.05
 """What a device keeps free beyond what its part should need: predictions are that exact."""

@@ -11,8 +11,10 @@ import math
 from coordinator.planning.device_plan import DevicePlan, adapted
 from coordinator.settings import DeviceTerms
 from shared.architecture import ModelArchitecture
+from shared.costs import BYTES_PER_PARAMETER
 from shared.errors import PlanError
 from shared.protocol.messages import DeviceId
+from shared.protocol.tensors import ITEM_BYTES
 from shared.terms import TrainingTerms
 
 RUNTIME_BYTES = 300 * 2**20
@@ -22,10 +24,6 @@ SAVED_PER_BLOCK = 34
 """Values that one block keeps for its backward pass, per token and hidden feature (*ours*:
 two norms, q k v, attention output, the two halves of the feed-forward, the residual sums)."""
 
-STATE_BYTES_PER_PARAMETER = 16
-"""An adapter's value, gradient and AdamW's two moments, all float32."""
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEFAULT_SHARE = 4
 """Without a limit a device takes one block of this many."""
 
@@ -85,7 +83,7 @@ def memory_bytes(
     # The residual that a device holds frozen grows from round to round, at most to full rank.
     frozen = sum(ITEM_BYTES["float32"] * math.prod(architecture.features(m)) for m in ranks)
     saved = item * tokens * hidden * SAVED_PER_BLOCK * split_layer
-    return RUNTIME_BYTES + base + STATE_BYTES_PER_PARAMETER * factors + frozen + saved
+    return RUNTIME_BYTES + base + BYTES_PER_PARAMETER * factors + frozen + saved
 
 
 def _largest_that_fits(

@@ -21,12 +21,11 @@ class Reason:
 
     ``kind``: it was ``stated``, ``estimated`` without measurements or ``kept`` as it was; it is the
     ``whole`` model; the settings give no device more (``capped``); the device was ``unable`` to
-    prepare more; ``memory`` allows no more; more
-    blocks relieve a busy ``server``; the device's own ``speed``, or its ``link``, leaves no time
-    for more. ``allowed``: blocks that memory would allow with this ``micro_batch``.
-    ``needed_bytes`` of one block more than that, against ``limit_bytes``. ``alone``: the split
-    layer that were best for the device by itself. ``share``: of its adapter parameters that
-    found room.
+    prepare more; ``memory`` allows no more; more blocks relieve a busy ``server``; the device's
+    own ``speed``, or its ``link``, leaves no time for more. ``allowed``: blocks that memory would
+    allow with this ``micro_batch``. ``needed_bytes`` of one block more than that, against
+    ``limit_bytes``. ``alone``: the split layer that were best for the device by itself.
+    ``share``: of its adapter parameters that found room.
     """
 
     kind: Kind

@@ -16,8 +16,8 @@ from coordinator.planning.allocation import Load, best_choices
 from coordinator.planning.assigned_ranks import RankBook
 from coordinator.planning.conditions import Conditions, FleetDevice
 from coordinator.planning.cost_book import CostBook
-from coordinator.planning.device_plan import DevicePlan, adaptable_shapes, adapted
-from coordinator.planning.estimate import memory_bytes, plan_device
+from coordinator.planning.device_plan import DevicePlan
+from coordinator.planning.estimate import plan_device
 from coordinator.planning.options import Options
 from coordinator.planning.plan_reasons import Reason, reason_of
 from coordinator.planning.possible_parts import PossibleParts
@@ -25,18 +25,6 @@ from coordinator.planning.prediction import Prediction, predict, simulated_fleet
 from coordinator.planning.server_room import ServerRoom, server_room
 from shared.errors import PlanError
 from shared.protocol.messages import DeviceId
-
-__all__ = [
-    "Conditions",
-    "DevicePlan",
-    "FleetDevice",
-    "FleetPlan",
-    "adaptable_shapes",
-    "adapted",
-    "memory_bytes",
-    "plan_device",
-    "plan_fleet",
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -30,22 +30,21 @@ def ranks_by_importance(
     features: Mapping[str, Features],
     *,
     budget_parameters: int,
-    ladder: Sequence[int] = LADDER,
 ) -> dict[str, int]:
-    """Return the rank of every module of ``features``; all ranks together keep the budget.
+    """Return the rank of every module of ``features``, of `LADDER`; together they keep the budget.
 
     A module's rank never exceeds the smaller side of its weight. One whose importance is not
     known counts as much as the mean of those that are. What is left of the budget where the best
     step no longer fits goes to the next best that does.
 
-    ``importance`` and ``features`` by full module path; ``ladder`` ascends from 0.
+    ``importance`` and ``features`` by full module path.
     """
     scores = _scores(importance, features)
     ranks = dict.fromkeys(features, 0)
     offers = [
         _Offer.of(module, steps, score=scores[module], features=features[module])
         for module in features
-        if (steps := _steps(features[module], ladder)) and scores[module] > 0
+        if (steps := _steps(features[module])) and scores[module] > 0
     ]
     heapq.heapify(offers)
     left = budget_parameters
@@ -90,5 +89,5 @@ def _scores(
     return {module: importance.get(module, mean) for module in features}
 
 
-def _steps(features: Features, ladder: Sequence[int]) -> tuple[Step, ...]:
-    return tuple(itertools.pairwise(rank for rank in ladder if rank <= min(features)))
+def _steps(features: Features) -> tuple[Step, ...]:
+    return tuple(itertools.pairwise(rank for rank in LADDER if rank <= min(features)))

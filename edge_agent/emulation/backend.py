@@ -55,7 +55,7 @@ def rest_s(computed_s: float, passed_s: float, *, speed: float) -> float:
 class EmulatedBackend:
     """A `Backend` that is slower and smaller than the one inside. Belongs to the same thread.
 
-    Whatever it is asked may also end in a `PlanError`: the emulated memory is full.
+    Whatever it is asked may also end in a `MemoryFullError`: the emulated memory is full.
     """
 
     def __init__(

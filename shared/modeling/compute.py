@@ -12,6 +12,8 @@ from shared.errors import ConfigError, MemoryFullError
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 """In the words of the plain `RuntimeError` that torch raises where the CPU's memory is full."""
 
+_OF_A_RUN = "plan.micro_batch, plan.in_flight or training.max_length"
+
 
 def compute_device(wanted: str | None) -> torch.device:
     """Return the torch device named ``wanted``; None: CUDA where available, else the CPU.
@@ -31,8 +33,8 @@ def compute_device(wanted: str | None) -> torch.device:
 
 
 @contextlib.contextmanager
-def explained_out_of_memory(owner: str) -> Iterator[None]:
-    """Say what to lower where the memory of ``owner`` is full; also a decorator.
+def explained_out_of_memory(owner: str, *, lower: str = _OF_A_RUN) -> Iterator[None]:
+    """Say what to ``lower`` where the memory of ``owner`` is full; also a decorator.
 
     Raises:
         MemoryFullError: torch ran out of memory inside.
@@ -43,6 +45,5 @@ def explained_out_of_memory(owner: str) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and _CPU_ALLOCATOR not in str(error):
             raise
         raise MemoryFullError(
-            f"{owner} is out of memory: lower plan.micro_batch, plan.in_flight or "
-            f"training.max_length ({str(error).splitlines()[0][:200]})"
+            f"{owner} is out of memory: lower {lower} ({str(error).splitlines()[0][:200]})"
         ) from error

@@ -11,7 +11,7 @@ from collections import defaultdict
 import pytest
 
 from coordinator.aggregation import SERVER
-from coordinator.planning.planner import DevicePlan
+from coordinator.planning.device_plan import DevicePlan
 from shared.errors import PlanError
 from shared.protocol.messages import Assignment, DeviceId, RoundStart
 from tests.support.law_4 import weights_compared

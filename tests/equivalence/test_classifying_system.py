@@ -163,8 +163,8 @@ def macro_f1(actual, chosen):
 
 def exported(sim, folder):
     card = ModelCard(
-        base_model="tiny", run_id="sim", strategy="hsplitlora", hand_back="residual", labels="device",
-        rounds=ROUNDS, steps=6, devices=(), classes=CLASSES,
+        base_model="tiny", run_id="sim", strategy="hsplitlora", hand_back="residual",
+        labels="device", rounds=ROUNDS, steps=6, devices=(), classes=CLASSES,
     )  # fmt: skip
     weights = sim.model.classifier.weights
     classifier = TrainedClassifier(classes=CLASSES, weights=weights)

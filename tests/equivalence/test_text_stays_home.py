@@ -1,5 +1,5 @@
 """Law 7: with labels: device nothing on the broker holds a token id, or anything made from one
-but lengths, activations, gradients, adapters, counts and losses.
+but lengths, activations, gradients, adapters, importance, counts and losses.
 
 All traffic of a run is recorded and looked at twice: by structure, every field of every message
 of a device against a list; and by content, every byte against the text and its tokens in every

@@ -51,6 +51,11 @@ COORDINATOR = {
     },
     "demo": {"--folder", "--labels", "--rounds", "--strategy", "--log-level", "--log-format"},
     "export": {"run_folder", "--to", "--merged"},
+    "evaluate": {
+        *("folder", "--data", "--model", "--metrics", "--limit", "--max-length", "--beams"),
+        *("--length-penalty", "--no-repeat-ngram", "--max-answer", "--batch", "--device"),
+        *("--dtype", "--threads", "--output", "--json", "--log-level", "--log-format"),
+    },
     "report": {"run_folder", "--to"},
     "shard": {
         *("data", "--to", "--devices", "--by", "--column", "--alpha", "--sizes", "--seed"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterator
 
@@ -132,6 +134,15 @@ def test_the_adapter_on_the_plain_model_has_the_loss_that_the_run_reported(calm)
     assert ours == pytest.approx(reported[-1], abs=1e-4)
     plain = small_run.held_out_loss(small_run.plain_model(), calm.held_out)
     assert plain == pytest.approx(reported[0], abs=1e-4)
+
+
+def test_evaluate_finds_the_perplexity_that_the_run_reported(calm):
+    files = [str(file) for file in calm.held_out]
+    flags = ("--metrics", "perplexity", "--device", "cpu", "--threads", "1", "--json")
+    ended = coordinator_main("evaluate", str(calm.folder), "--data", *files, *flags)
+    assert ended.code == 0, ended.words
+    found = json.loads(ended.output)["metrics"]["perplexity"]
+    assert math.log(found) == pytest.approx(calm.evaluations()[-1], abs=1e-4)
 
 
 def test_export_writes_the_adapter_and_the_merged_model(calm, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.exchange import Done, Exchange, ExchangeLimits, Failed
 from coordinator.membership import StaleRequestError
-from coordinator.planning.planner import DevicePlan
+from coordinator.planning.device_plan import DevicePlan
 from coordinator.registry import Member
 from coordinator.rounds import CloseStep, Evaluated, MicroBatchDone, Round
 from coordinator.server_training import ServerTrainer

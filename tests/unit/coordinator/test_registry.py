@@ -17,7 +17,7 @@ def session(instance: int, life: int = 0) -> SessionId:
     return SessionId(f"{instance:08x}{life:08x}")
 
 
-FIRST, SECOND, THIRD = session(1), session(2), session(3)
+FIRST, SECOND = session(1), session(2)
 
 
 def request(of: SessionId) -> JoinRequest:

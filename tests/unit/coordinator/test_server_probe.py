@@ -55,9 +55,9 @@ def run(made, device=NANO, key=KEY, **changes):
     return made.probe.run(device, key, sent(**changes), target_tokens=TOKENS)
 
 
-def measure(made, device=NANO, key=KEY, **changes):
-    assert isinstance(run(made, device, key, **changes), HiddenResult)
-    made.probe.take_gradient(device, key, frame(1))
+def measure(made, **changes):
+    assert isinstance(run(made, **changes), HiddenResult)
+    made.probe.take_gradient(NANO, KEY, frame(1))
     return made.probe.take()
 
 

@@ -57,9 +57,9 @@ def data_sheet() -> dict[str, list[float]]:
     }
 
 
-def code(language: str, number: int = 0) -> str:
-    """Return a block of the worked example."""
-    return [text for kind, text in BLOCKS if kind == language][number]
+def code(language: str) -> str:
+    """Return the first block of the worked example in a language."""
+    return next(text for kind, text in BLOCKS if kind == language)
 
 
 def sections() -> tuple[tuple[str, str], tuple[str, str]]:

@@ -35,20 +35,20 @@ def training(labels="device", **changes):
     return TrainingTerms(max_length=128, labels=labels, **changes)
 
 
-def staged(split_layer, sequences=2.0, *, labels="device", machine=LINK, **changes):
+def staged(split_layer, *, labels="device", **changes):
+    """Return the stages of a micro-batch of two sequences."""
     run = conditions(MODEL, training=training(labels), **changes)
-    one = device("one", machine, MODEL)
+    one = device("one", LINK, MODEL)
     book = CostBook([one], run)
-    return stages(book.of(one), book.server, book.cut(one, split_layer), sequences)
+    return stages(book.of(one), book.server, book.cut(one, split_layer), 2.0)
 
 
-def bytes_of(split_layer, micro_batch=2, at_once=1, *, labels="device", lora=None, **changes):
+def bytes_of(split_layer, *, at_once=1, labels="device", lora=None, **changes):
     run = conditions(MODEL, training=training(labels, **changes.pop("terms", {})), **changes)
     one = device("one", LINK, MODEL, lora=lora or LoraTerms(r=8))
     book = CostBook([one], run)
     return float(
-        book.of(one).memory_bytes(book.cut(one, split_layer), micro_batch, at_once=at_once)
-        / (1 + SPARE)
+        book.of(one).memory_bytes(book.cut(one, split_layer), 2, at_once=at_once) / (1 + SPARE)
     )
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from coordinator.planning.planner import adaptable_shapes, memory_bytes, plan_device
+from coordinator.planning.device_plan import adaptable_shapes
+from coordinator.planning.estimate import memory_bytes, plan_device
 from coordinator.settings import DeviceTerms
 from shared.architecture import ModelArchitecture
 from shared.errors import PlanError

@@ -32,16 +32,16 @@ def standing(**changes):
     return Standing(**{"plan": PLAN, "assumed_slowdown": 1.0, "slowdown": 1.0, **changes})
 
 
-def proposal(*, before_s=1.0, after_s=0.8, plans=None):
+def proposal(*, after_s=0.8, plans=None):
     return Proposal(
         plans=plans or {NANO: SMALLER, ORIN: MORE},
         prediction=Prediction(step_s=after_s, server_s=0.0, devices={}),
-        current=Prediction(step_s=before_s, server_s=0.0, devices={}),
+        current=Prediction(step_s=1.0, server_s=0.0, devices={}),
     )
 
 
-def decision(proposed=None, history=RESTED, nano=None, orin=None):
-    both = {NANO: nano or standing(), ORIN: orin or standing()}
+def decision(proposed=None, history=RESTED, nano=None):
+    both = {NANO: nano or standing(), ORIN: standing()}
     return decide(both, proposed or proposal(), history=history)
 
 

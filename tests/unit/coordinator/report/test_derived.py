@@ -10,12 +10,12 @@ from coordinator.report.records import Plan, PlannedDevice, Point, RunRecords
 from tests.support.run_folders import modules
 
 
-def records(*, metrics=None, plans=()):
+def records(*, metrics):
     return RunRecords(
         folder_name="run",
         settings={},
-        metrics=metrics or {},
-        plans=plans,
+        metrics=metrics,
+        plans=(),
         importance=(),
         summary=None,
     )

@@ -1,0 +1,1 @@
+"""``hsplit-coordinator evaluate``: perplexity and NLG metrics of an exported adapter."""

@@ -1,0 +1,84 @@
+"""What this machine can compute, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import pytest
+
+from coordinator.evaluation import metrics
+from coordinator.evaluation.metrics import METRICS
+from shared.errors import ConfigError
+
+CAPTIONS = ("meteor", "rouge-l", "cider")
+PREDICTIONS, REFERENCES = ["a cheap pub ."], [["a cheap pub.", "It is a cheap pub."]]
+
+
+@pytest.fixture
+def no_java(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def without(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ``import package`` fail, as where it is not installed."""
+    monkeypatch.setitem(sys.modules, package, None)
+
+
+@pytest.mark.usefixtures("no_java")
+def test_without_java_the_others_are_computed_and_the_reason_is_said():
+    chosen, missing = metrics.possible(None)
+    assert chosen == ("perplexity", "bleu", "nist")
+    assert tuple(missing) == CAPTIONS
+    assert all("Java is not installed" in reason for reason in missing.values())
+    found = metrics.score(chosen, PREDICTIONS, REFERENCES)
+    assert found.values["bleu"] == pytest.approx(100)
+    assert found.values.keys() == {"bleu", "nist"}
+    assert found.left_out == {}
+
+
+@pytest.mark.usefixtures("no_java")
+def test_what_was_asked_for_by_name_is_refused_with_what_to_do():
+    with pytest.raises(ConfigError, match=r"no meteor, cider: Java is not .*out of --metrics"):
+        metrics.possible(["bleu", "cider", "meteor"])
+
+
+def test_without_the_extra_perplexity_is_left(monkeypatch):
+    without("sacrebleu", monkeypatch)
+    without("pycocoevalcap", monkeypatch)
+    chosen, missing = metrics.possible(None)
+    assert chosen == ("perplexity",)
+    assert all("pip install 'hsplit[evaluation]'" in reason for reason in missing.values())
+    assert [names for _, names in metrics.by_reason(missing)] == [["bleu", "nist"], [*CAPTIONS]]
+    assert metrics.possible(["perplexity"]) == (("perplexity",), {})
+    with pytest.raises(ConfigError, match=r"no nist: sacrebleu is not installed; pip install"):
+        metrics.possible(["nist"])
+
+
+def test_only_what_was_asked_for_is_computed():
+    assert metrics.possible(["nist"]) == (("nist",), {})
+    found = metrics.score(("nist",), PREDICTIONS, REFERENCES)
+    assert found.values.keys() == {"nist"}
+    assert found.bleu_signature is None
+
+
+def test_a_java_that_fails_leaves_its_metrics_out(tmp_path, monkeypatch):
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\necho 'no room' >&2\nexit 1\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    chosen, missing = metrics.possible(None)
+    assert (chosen, missing) == (METRICS, {})
+    found = metrics.score(("bleu", *CAPTIONS), PREDICTIONS, REFERENCES)
+    assert found.values.keys() == {"bleu"}
+    assert {*found.left_out} == {*CAPTIONS}
+    assert all(reason.endswith("failed: no room") for reason in found.left_out.values())
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="no Java on this machine")
+def test_rouge_l_is_in_per_cent_and_cider_is_not():
+    found = metrics.score(
+        ("rouge-l", "cider"), ["a cheap pub", "x"], [["a cheap pub"], ["far away"]]
+    )
+    assert found.values["rouge-l"] == pytest.approx(50)
+    assert found.values["cider"] == pytest.approx(10 * (3 / 4) / 2)
