@@ -92,18 +92,12 @@ def export_merged(
         ModelError: the base cannot be found.
         StorageError: the disk is full or the folder cannot be written.
     """
-<<<<<<< HEAD
     task = _Exported.of(classes)
     config = _base_config(base, revision, task)
     plain = task.auto_class.from_pretrained(
         base, revision=revision, dtype=torch.float32, **task.config_changes
     )
-    with _without_their_quarrel():
-=======
-    config = _base_config(base, revision)
-    plain = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
     with without_their_quarrel():
->>>>>>> main
         merged = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()
     merged = merged.to(config.dtype or torch.float32)
     with replacing(folder) as fresh:
@@ -194,13 +188,8 @@ def _check_with_peft(
     auto_class: Any,
 ) -> None:
     try:
-<<<<<<< HEAD
-        with torch.device("meta"), _without_their_quarrel():
-            plain: PreTrainedModel = auto_class.from_config(model_config)
-=======
         with torch.device("meta"), without_their_quarrel():
-            plain: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
->>>>>>> main
+            plain: PreTrainedModel = auto_class.from_config(model_config)
             skeleton = get_peft_model(plain, lora)
     except ValueError as error:
         raise ModelError(f"the base model does not take this adapter: {error}") from error
