@@ -10,7 +10,9 @@ import torch
 
 from shared.class_counts import counted
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
+from tests.equivalence.test_importance_is_whole import probe
 from tests.support.closeness import largest_difference, relative
+from tests.support.dense_importance import dense_importance
 from tests.support.monolithic import Trained, logits_of, summed_loss, train_whole
 from tests.support.split_system import SplitSystem
 from tests.support.tiny_models import (
@@ -19,6 +21,7 @@ from tests.support.tiny_models import (
     FAMILIES,
     classified_batch,
     cut,
+    fresh_adapters,
     tiny_classifier,
 )
 
@@ -142,3 +145,28 @@ def test_the_head_on_a_device_is_sent_one_row_of_each_sequence(family, tmp_path)
     (batch,) = batches_of_run(family, 1)
     hidden = system.train_hidden("nano", MicroBatch(0, 0), batch)
     assert hidden.shape == (len(batch.lengths), 32)
+
+
+@pytest.mark.parametrize("labels", ["device", "server"])
+@pytest.mark.parametrize("split_layer", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "bert", "roberta"])
+def test_importance_is_what_dense_gradients_of_the_whole_classifier_give(
+    family, split_layer, labels, tmp_path
+):
+    one = system_of(family, tmp_path, split_layer=split_layer, labels=labels, optimizer="sgd")
+    before = {name: dict(weights) for name, weights in one.classifiers().items()}
+    batches = batches_of_run(family, 3)
+    found = probe(one, "nano", batches)
+    if one.server is not None:
+        found |= {m: measured.magnitude for m, measured in one.server.probe.take().items()}
+    model = tiny_classifier(family)
+    adapters = fresh_adapters(model.architecture, lora_of(family), blocks=range(3))
+    dense = dense_importance(model, adapters, batches)
+    assert found.keys() >= {m for m in adapters if model.architecture.block_of(m) < split_layer}
+    for module, value in found.items():
+        assert value == pytest.approx(dense[module], rel=1e-4), module
+    for name, weights in one.classifiers().items():
+        for tensor, weight in weights.items():
+            np.testing.assert_array_equal(weight, before[name][tensor])
+    learnt = [b.step(0, target_tokens=9) for b in one.devices.values()]
+    assert learnt == [0.0], "a probe teaches nothing, the classifier included"

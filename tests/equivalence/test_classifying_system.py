@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from coordinator import checkpoints
 from coordinator.classifier import TrainedClassifier
 from coordinator.export import export_adapter, export_merged
 from coordinator.model_card import ModelCard
+from coordinator.strategies import STRATEGIES
 from edge_agent.backends.base import NO_TARGET
+from shared.errors import ConfigError
 from shared.protocol.messages import EvaluationResult, PieceBytes, RoundResult, RoundStart
 from tests.equivalence.test_system_is_whole import batches_of, first_adapters
 from tests.equivalence.test_text_stays_home import leaks, secrets, tensors_of
@@ -261,3 +265,32 @@ def test_with_labels_on_the_devices_neither_text_nor_classes_are_on_the_broker(t
     # What is said of classes is how many of each a held-out part has, and were found.
     results = [m.message for m in sent if isinstance(m.message, EvaluationResult)]
     assert all(sum(c.actual for c in one.counts) == one.sequences for one in results)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_classifies(strategy, tmp_path):
+    plans = {name: {"r": 4} for name in ("a", "b")}
+    plan = {"batch": 3, "micro_batch": 2, "devices": plans}
+    plan |= {"split_layer": 2} if strategy in ("hsplitlora", "splitlora") else {}
+    changes = {"strategy": strategy, "plan": plan, "steps": 3}
+    sim = system(tmp_path, "bert", devices=plans, **changes)
+    new = sim.model.classifier.weights
+    for device in plans:
+        sim.add_device(device, lines=LINES)
+    sim.run()
+    scores = [line["eval/accuracy"] for line in sim.metrics() if "eval/accuracy" in line]
+    assert len(scores) == ROUNDS + 1
+    assert all(np.abs(w - new[n]).max() > 1e-4 for n, w in sim.model.classifier.weights.items())
+
+
+def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
+    sim = three_devices(tmp_path, "gpt2", steps=3)
+    sim.run_to("round 2, step 3")
+    (saved,) = [checkpoints.latest(sim.config.run_folder / "checkpoints")]
+    assert saved is not None
+    other = {"score.weight": np.zeros((7, 32), np.float32)}
+    with pytest.raises(ConfigError, match=r"another number of training.classes"):
+        sim.model.resume(dataclasses.replace(saved, classifier=other))
+    with pytest.raises(ConfigError, match=r"another training.task"):
+        sim.model.resume(dataclasses.replace(saved, classifier={}))
+    sim.run()

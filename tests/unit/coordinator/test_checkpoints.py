@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import resource
@@ -210,3 +211,18 @@ def test_nothing_on_disk_is_a_pickle(tmp_path):
     path = save(tmp_path, checkpoint(1), keep=1)
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
     assert json.loads((path / "state.json").read_text())["round"] == 1
+
+
+def test_a_classifier_is_kept_and_is_a_file_only_where_there_is_one(tmp_path):
+    weights = {"score.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    with_one = save(tmp_path, dataclasses.replace(checkpoint(), classifier=weights), keep=3)
+    np.testing.assert_array_equal(
+        load(with_one).classifier["score.weight"], weights["score.weight"]
+    )
+    without = save(tmp_path, checkpoint(2), keep=3)
+    assert not load(without).classifier
+    assert not (without / "classifier.safetensors").exists()
+    damaged = with_one / "classifier.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(StorageError, match="classifier.safetensors is damaged"):
+        load(with_one)

@@ -19,8 +19,9 @@ from coordinator.model_store import ModelStore
 from coordinator.piece_cutting import PieceContent
 from shared.errors import ModelError, ProtocolError
 from shared.protocol.messages import ModelDescription
+from shared.terms import TrainingChoices
 from tests.support import vocabularies
-from tests.support.tiny_models import FAMILIES, TinyModel, tiny_model
+from tests.support.tiny_models import FAMILIES, TinyModel, tiny_classifier, tiny_model
 
 
 def write(
@@ -311,3 +312,39 @@ def test_a_tied_head_that_differs_is_refused(tmp_path):
     changed = {**model.tensors, "lm_head.weight": torch.zeros(101, 32)}
     with pytest.raises(ModelError, match="set tie_word_embeddings to false there"):
         open_store(write(tmp_path / "base", model, tensors=changed))
+
+
+def encoder_folder(folder: Path, family: str, *, without: str = "", bare: bool = False) -> Path:
+    """Write an encoder as on the hub: ``bare`` as a plain BertModel's weights are named."""
+    model = tiny_classifier(family)
+    stored = {
+        name.removeprefix(f"{family}.") if bare else name: tensor
+        for name, tensor in model.tensors.items()
+        if not name.startswith("classifier") and not (without and without in name)
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(model.config)))
+    vocabularies.saved(vocabularies.byte_level(), folder)
+    copies = {name: tensor.clone().contiguous() for name, tensor in stored.items()}
+    safetensors.torch.save_file(copies, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_an_encoder_is_cut_into_its_pieces_whatever_its_tensors_are_called(tmp_path, family, bare):
+    folder = encoder_folder(tmp_path / "model", family, bare=bare)
+    training = TrainingChoices(task="classification", classes=("a", "b"))
+    store = ModelStore.open(str(folder), cache_folder=tmp_path / "hashes", training=training)
+    head = {"head"} if family == "bert" else set()
+    blocks = {f"block.{j}" for j in range(3)}
+    assert {p.name for p in store.describe().pieces} == {"tokenizer", "embeddings", *blocks, *head}
+    model = tiny_classifier(family)
+    for name, tensor in store.tensors().items():
+        torch.testing.assert_close(tensor, model.tensors[name], rtol=0, atol=0)
+
+
+def test_a_bert_without_a_pooler_is_refused(tmp_path):
+    folder = encoder_folder(tmp_path / "model", "bert", without="pooler")
+    with pytest.raises(ModelError, match=r"lacks 2 tensors .*bert.pooler.dense.bias.*a pooler"):
+        ModelStore.open(str(folder), cache_folder=tmp_path / "hashes")

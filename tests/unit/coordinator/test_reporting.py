@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import math
 
 import pytest
@@ -11,6 +13,7 @@ from coordinator.aggregation import Aggregated
 from coordinator.metrics import MetricsWriter
 from coordinator.planning.device_plan import DevicePlan, ranks_in_short
 from coordinator.reporting import Reporter, Tallies
+from shared.class_counts import ClassCount
 from shared.protocol.messages import (
     Call,
     DeviceId,
@@ -203,3 +206,42 @@ def test_seconds_and_bytes_go_on_from_the_tallies_of_a_checkpoint(tmp_path):
 )
 def test_ranks_are_said_in_short(ranks, short):
     assert ranks_in_short(ranks) == short
+
+
+def classified(right, of):
+    """Return the evaluation of a device that has the second class only."""
+    counts = (
+        ClassCount(actual=0, predicted=of - right, true_positives=0),
+        ClassCount(actual=of, predicted=right, true_positives=right),
+    )
+    return dataclasses.replace(evaluation(0.5 * of, of), counts=counts)
+
+
+def test_a_classifier_has_scores_over_all_devices_and_no_perplexity(desk, caplog):
+    desk.reporter.evaluated(NANO, classified(3, 4))
+    desk.reporter.evaluated(ORIN, classified(6, 12))
+    with caplog.at_level(logging.INFO):
+        desk.reporter.evaluation_closed(1, 0)
+    line = desk.last()
+    assert (line["eval/loss"], line["eval/accuracy"]) == (0.5, 9 / 16)
+    assert line["eval/f1"] == pytest.approx(2 * 9 / (16 + 9))
+    assert line["eval/f1_macro"] == pytest.approx(9 / 25)
+    assert line["device/nano/accuracy"] == 0.75
+    assert not any("perplexity" in name for name in line)
+    assert "held-out accuracy 56.2%, F1 72.0% (devices: 2)" in caplog.text
+    desk.reporter.evaluated(NANO, classified(4, 4))
+    desk.reporter.evaluated(ORIN, classified(12, 12))
+    desk.reporter.evaluation_closed(2, 2)
+    summary = desk.reporter.summary()
+    assert (summary.accuracy_before, summary.accuracy_after) == (9 / 16, 1.0)
+    assert (summary.f1_after, summary.perplexity_after) == (1.0, None)
+    kept = Tallies.restored(json.loads(json.dumps(desk.reporter.state())))
+    assert kept.f1_before == summary.f1_before
+    desk.reporter.not_evaluated()
+    assert desk.reporter.summary().accuracy_after is None
+
+
+def test_tallies_of_an_older_checkpoint_are_taken(desk):
+    state = dict(desk.reporter.state())
+    del state["accuracy_before"], state["f1_after"]
+    assert Tallies.restored(state).accuracy_before is None

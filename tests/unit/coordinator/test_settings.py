@@ -73,6 +73,12 @@ def test_training_choices_and_terms_differ_by_what_follows_from_others_alone():
         ("embedded_broker: {port: 70000}", "embedded_broker.port"),
         ("report_to: [wandb]", "report_to"),
         ("run: {id: 'a b'}", "run.id"),
+        ("training: {task: regression}", "'causal-lm' or 'classification'"),
+        ("training: {task: classification}", "takes two classes at least"),
+        ("training: {task: classification, classes: [one]}", "takes two classes at least"),
+        ("training: {task: classification, classes: [a, a]}", "each another one"),
+        ("training: {task: classification, classes: [a, ' ']}", "each another one"),
+        ("training: {classes: [a, b]}", "classes are for task: classification"),
     ],
 )
 def test_a_run_file_that_cannot_be_meant_is_refused_with_the_key(tmp_path, text, words):

@@ -52,6 +52,20 @@ def bytes_of(split_layer, *, at_once=1, labels="device", lora=None, **changes):
     )
 
 
+def test_a_classifier_on_the_device_is_sent_one_token_of_a_sequence():
+    run = conditions(classifying(MODEL), training=training())
+    one = device("one", LINK, MODEL)
+    book = CostBook([one], run)
+    own, words = stages(book.of(one), book.server, book.cut(one, 2), 2.0), staged(2)
+    assert (own.up[0], own.down[1]) == (words.up[0], words.down[1])
+    assert own.up[1] == pytest.approx(2 * HIDDEN_BYTES / 1e6)
+    assert own.down[0] == pytest.approx(2 * HIDDEN_BYTES / 2e6)
+
+
+def classifying(architecture):
+    return dataclasses.replace(architecture, task="classification", class_count=2)
+
+
 def test_with_labels_on_the_device_a_micro_batch_goes_to_and_fro_twice():
     own = staged(2)
     assert (len(own.compute), len(own.up), len(own.server), len(own.down)) == (3, 2, 2, 2)
