@@ -113,5 +113,4 @@ def _scores(
 ) -> Scores:
     if predictions is None:
         return Scores()
-    references = [[text.strip() for text in example.references] for example in examples]
-    return metrics.score(chosen, predictions, references)
+    return metrics.score(chosen, predictions, [example.references for example in examples])

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from coordinator import demo
 from tests.support import exported_adapters
@@ -61,6 +62,12 @@ def test_a_limit_is_of_prompts(run, data):
     ended = evaluate(run, "--data", data, "--limit", "1", "--metrics", "nist")
     assert "1 prompts, 2 references" in ended.output
     assert "NIST" in ended.output
+
+
+def test_threads_are_those_of_the_flag(run, data):
+    flags = ("--data", str(data), "--limit", "1", "--metrics", "perplexity", "--device", "cpu")
+    assert coordinator_main("evaluate", str(run), *flags, "--threads", "2").code == 0
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.slow

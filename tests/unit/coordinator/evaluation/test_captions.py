@@ -79,22 +79,6 @@ def test_every_prediction_keeps_its_own_references():
     assert found.references == {0: ["one", "two"], 1: ["three"], 2: ["four"]}
 
 
-@needs_java
-@pytest.mark.slow
-def test_meteor_is_its_formulas_value_over_all_predictions():
-    """4 of 4 words said are among the 7 expected, in 2 pieces; none is a function word.
-
-    P = 1, R = 4/7; α = 0.85, β = 0.2, γ = 0.6 (English).
-    """
-    precision, recall = 4 / 4, 4 / 7
-    mean = precision * recall / (0.85 * precision + 0.15 * recall)
-    penalty = 0.6 * (2 / 4) ** 0.2
-    made = pairs(
-        ("red car", ["red car stops"]), ("blue boats", ["blue boats drift"]), ("", ["nothing"])
-    )
-    assert meteor(made) == pytest.approx(mean * (1 - penalty), rel=1e-9)
-
-
 def test_a_java_that_fails_is_said_in_its_own_words(tmp_path, monkeypatch):
     java = tmp_path / "java"
     java.write_text("#!/bin/sh\necho 'Could not reserve enough space' >&2\nexit 1\n")

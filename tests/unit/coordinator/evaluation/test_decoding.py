@@ -54,20 +54,22 @@ def repeats(adapted: AdaptedModel, text: str, *, size: int) -> bool:
     return len(set(runs)) < len(runs)
 
 
+@pytest.mark.parametrize("end", ["<|endoftext|>", " the"])
 @pytest.mark.parametrize("search", [{"num_beams": 1}, {"num_beams": 4, "length_penalty": 0.8}])
-def test_it_is_what_the_plain_peft_model_generates_prompt_by_prompt(adapter, adapted, search):
+def test_it_is_what_the_plain_peft_model_generates_prompt_by_prompt(adapter, adapted, search, end):
     plain = exported_adapters.opened_with_peft(adapter)
     tokenizer = AutoTokenizer.from_pretrained(demo.base_folder())
+    (eos,) = tokenizer(end)["input_ids"]
+    ends = {"pad_token_id": 0, "eos_token_id": eos}
     expected = []
     for prompt in PROMPTS:
         given = tokenizer(prompt, return_tensors="pt")
-        (ids,) = plain.generate(
-            **given, do_sample=False, max_new_tokens=16, pad_token_id=0, eos_token_id=0, **search
-        )
-        answer = ids[given["input_ids"].shape[1] :]
-        expected.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
+        (ids,) = plain.generate(**given, do_sample=False, max_new_tokens=16, **ends, **search)
+        answer = tokenizer.decode(ids[given["input_ids"].shape[1] :], skip_special_tokens=True)
+        expected.append(answer.removesuffix(end).strip())
     assert len(set(expected)) > 1, "a model that always says the same would prove nothing"
-    found = written(adapted, *PROMPTS, beams=search["num_beams"], length_penalty=0.8)
+    wanted = dataclasses.replace(adapted, eos_token_id=eos)
+    found = written(wanted, *PROMPTS, beams=search["num_beams"], length_penalty=0.8)
     assert found == tuple(expected)
 
 
@@ -119,6 +121,8 @@ def test_the_bases_own_generation_settings_play_no_part(adapter, adapted, tmp_pa
 def test_a_prompt_that_leaves_no_room_is_named(adapted):
     small = dataclasses.replace(adapted, positions=20)
     assert written(small, "O", beams=1, max_new_tokens=19)
+    with pytest.raises(DataError, match=r"data:1: a prompt of 1 tokens and 20 new ones"):
+        written(small, "O", beams=1, max_new_tokens=20)
     with pytest.raises(DataError, match=r"data:2: a prompt of \d+ tokens and 19 new ones .* 20 "):
         written(small, "O", PROMPTS[1], max_new_tokens=19)
 

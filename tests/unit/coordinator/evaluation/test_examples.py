@@ -29,7 +29,7 @@ def test_lines_of_the_same_prompt_are_one_example_with_several_references(tmp_pa
     first, second = load([one, two])
     assert (first.prompt, first.references) == ("a ->", (" x", " z", " v", " w"))
     assert (second.prompt, second.references) == ("b ->", (" y",))
-    assert second.where == f"{one}:2"
+    assert (first.where, second.where) == (f"{one}:1", f"{one}:2")
 
 
 def test_a_limit_counts_prompts_and_keeps_all_references_of_each(tmp_path):

@@ -15,6 +15,9 @@ CAPTIONS = ("meteor", "rouge-l", "cider")
 PREDICTIONS, REFERENCES = ["a cheap pub ."], [["a cheap pub.", "It is a cheap pub."]]
 
 
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java on this machine")
+
+
 @pytest.fixture
 def no_java(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -75,10 +78,28 @@ def test_a_java_that_fails_leaves_its_metrics_out(tmp_path, monkeypatch):
     assert all(reason.endswith("failed: no room") for reason in found.left_out.values())
 
 
-@pytest.mark.skipif(shutil.which("java") is None, reason="no Java on this machine")
+@needs_java
 def test_rouge_l_is_in_per_cent_and_cider_is_not():
     found = metrics.score(
         ("rouge-l", "cider"), ["a cheap pub", "x"], [["a cheap pub"], ["far away"]]
     )
     assert found.values["rouge-l"] == pytest.approx(50)
     assert found.values["cider"] == pytest.approx(10 * (3 / 4) / 2)
+
+
+@needs_java
+@pytest.mark.slow
+def test_meteor_is_its_formulas_value_over_all_predictions_in_per_cent():
+    """4 of 4 words said are among the 7 expected, in 2 pieces; none is a function word.
+
+    P = 1, R = 4/7; α = 0.85, β = 0.2, γ = 0.6 (English).
+    """
+    precision, recall = 4 / 4, 4 / 7
+    mean = precision * recall / (0.85 * precision + 0.15 * recall)
+    penalty = 0.6 * (2 / 4) ** 0.2
+    found = metrics.score(
+        ("meteor",),
+        ["Red car", "blue boats.", ""],
+        [["red car stops"], ["Blue boats drift!"], ["nothing"]],
+    )
+    assert found.values == {"meteor": pytest.approx(100 * mean * (1 - penalty), rel=1e-9)}

@@ -20,6 +20,7 @@ ENSURE = (
 )
 GUIDE = (ENSURE, [HEED, GUARANTEE])
 SHORT = ("a cheap pub .", ["The Eagle, a cheap pub, costs £20-25."])
+WORD = ("pub", ["a pub", "pub", "the pub there"])
 
 
 def score(*pairs: tuple[str, list[str]]) -> float:
@@ -47,8 +48,9 @@ def test_one_sentence_by_hand():
         ((GUIDE,), 4.534551763719),
         ((CAT, GUIDE), 4.740948871614),
         ((CAT, GUIDE, SHORT), 4.113298029508),
+        ((CAT, GUIDE, SHORT, WORD), 4.951875516466),
     ],
-    ids=["cat", "guide", "two references each", "two, two and one"],
+    ids=["cat", "guide", "two references each", "two, two and one", "with one word"],
 )
 def test_it_is_mtevals_value(pairs, expected):
     """The values come from the functions of the challenge's mteval-v13a-sig.pl, run with perl."""

@@ -118,5 +118,9 @@ def test_a_damaged_base_and_an_absent_device_are_said(adapter, tmp_path):
     (base / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelError, match="cannot be loaded"):
         open_adapted(find_adapter(adapter), base=str(base), device="cpu")
+    (base / "model.safetensors").unlink()
+    torch.save({}, base / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*model\.safetensors"):
+        open_adapted(find_adapter(adapter), base=str(base), device="cpu")
     with pytest.raises(ConfigError, match="device cuda:99 is not there"):
         open_adapted(find_adapter(adapter), device="cuda:99")
