@@ -52,7 +52,7 @@ mosquitto:
 	@if ! command -v mosquitto >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "installing mosquitto"; \
 		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
-			apt-get -qq install -y --no-install-recommends mosquitto openssl; } >/dev/null || true; \
+			apt-get -qq install -y --no-install-recommends mosquitto mosquitto-clients openssl; } >/dev/null || true; \
 	fi; \
 	command -v mosquitto >/dev/null || echo \
 		"NOTE: no mosquitto on this machine, so tests marked 'broker' are skipped (apt-get install mosquitto)"

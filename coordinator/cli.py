@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands.add_parser("export", help="write a run's adapter, or the merged model"))
     _add_evaluate(commands.add_parser("evaluate", help="perplexity and NLG metrics of an adapter"))
     _add_report(commands.add_parser("report", help="write a run's curves and plans as one page"))
+    _add_enroll(commands.add_parser("enroll", help="make a device's password and certificate"))
     _add_shard(commands.add_parser("shard", help="split a data set over devices, reproducibly"))
     _add_health(commands.add_parser("health", help="exit 0 if the run makes progress, else 20"))
     return parser
@@ -137,6 +138,23 @@ def _add_shard(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_shard)
 
 
+def _add_enroll(parser: argparse.ArgumentParser) -> None:
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("device", nargs="?", metavar="DEVICE", help="the device's id")
+    who.add_argument("--coordinator", action="store_true", help="for the coordinator itself")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("credentials"), help="keeps all of it (credentials)"
+    )
+    parser.add_argument(
+        "--broker-host", metavar="NAME", help="how devices reach the broker; needed at first"
+    )
+    parser.add_argument(
+        "--days", type=_at_least_one, default=365, help="how long the certificate is good (365)"
+    )
+    parser.add_argument("--renew", action="store_true", help="make anew what there is already")
+    parser.set_defaults(command=_enroll)
+
+
 def _proportions(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
@@ -233,6 +251,21 @@ def _shard(arguments: argparse.Namespace) -> None:
     )
     shards = shard_files.shard(arguments.data, arguments.to, rule=rule, column=arguments.column)
     print(shard_files.as_table(shards))
+
+
+def _enroll(arguments: argparse.Namespace) -> None:
+    from coordinator.enrolment import folder, instructions  # noqa: PLC0415 - as in `_report`
+
+    logs.set_up("warning")
+    user = None if arguments.device is None else folder.device_name(arguments.device)
+    wanted = folder.Wanted(
+        user=folder.COORDINATOR if arguments.coordinator else user,
+        folder=arguments.folder,
+        host=arguments.broker_host,
+        days=arguments.days,
+        renew=arguments.renew,
+    )
+    print(instructions.lines(folder.enroll(wanted, SystemClock())))
 
 
 def _health(arguments: argparse.Namespace) -> None:

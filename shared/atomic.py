@@ -9,10 +9,12 @@ from pathlib import Path
 from shared.errors import StorageError
 
 
-def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
+def replace_file(path: Path, data: bytes, *, durable: bool = True, mode: int | None = None) -> None:
     """Write ``data`` to ``path`` by a temporary name beside it and a rename.
 
-    ``durable`` also survives a power cut (fsync of file and folder). Missing folders are made.
+    ``durable`` also survives a power cut (fsync of file and folder). ``mode`` are the file's
+    permissions, which it has before it holds a byte; None: the process's usual ones. Missing
+    folders are made.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
@@ -21,6 +23,8 @@ def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(data)
             if durable:
                 file.flush()

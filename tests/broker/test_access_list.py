@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,13 +29,11 @@ from shared.protocol.topics import (
 from shared.transport.base import Delivery, LinkUp, Will
 from shared.transport.mqtt import MqttTransport
 from tests.broker.events import Connect
-from tests.support.brokers import TLS_CONF, Mosquitto, write_passwords
+from tests.support.brokers import TLS_CONF, Mosquitto
 
 pytestmark = pytest.mark.broker
 
 RUN, NANO, ORIN = RunId("run"), DeviceId("nano"), DeviceId("orin")
-PASSWORDS = {"coordinator": "c-secret", "nano": "n-secret", "orin": "o-secret"}
-README = TLS_CONF.parents[1] / "README.md"
 
 DEVICE_WRITES: tuple[DeviceKind, ...] = ("status", "requests", "telemetry", "echo")
 DEVICE_SENDS: tuple[RunKind, ...] = ("activations", "adapter")
@@ -58,37 +54,22 @@ def written_to(device: DeviceId) -> list[Topic]:
     ]
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the configuration names, made as the README says."""
-    folder = tmp_path_factory.mktemp("etc")
-    (block,) = re.findall(r"(?s)```bash\n(cd /etc/mosquitto .*?)```", README.read_text())
-    script = block.replace("/etc/mosquitto", str(folder)).replace("broker.example", "localhost")
-    subprocess.run(["bash", "-euc", script], check=True, capture_output=True)
-    return {
-        "cafile": str(folder / "certs" / "ca.crt"),
-        "certfile": str(folder / "certs" / "server.crt"),
-        "keyfile": str(folder / "certs" / "server.key"),
-        "password_file": str(write_passwords(folder, **PASSWORDS)),
-        "acl_file": str(TLS_CONF.with_name("acl")),
-    }
-
-
 @pytest.fixture
-def guarded(tmp_path: Path, files: dict[str, str]) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path, scheme="mqtts", conf=TLS_CONF, **files) as broker:
+def guarded(tmp_path: Path, broker_files: dict[str, str]) -> Iterator[Mosquitto]:
+    with Mosquitto(tmp_path, scheme="mqtts", conf=TLS_CONF, **broker_files) as broker:
         yield broker
 
 
 @pytest.fixture(params=["5", "3.1.1"])
-def credentials(request: pytest.FixtureRequest, files: dict[str, str]) -> Any:
+def credentials(request: pytest.FixtureRequest, credentials_folder: Path) -> Any:
     """Return the broker settings of a user, in both versions of MQTT."""
 
     def settings(user: str) -> dict[str, str]:
+        own = credentials_folder / ("" if user == "coordinator" else "devices") / user
         return {
             "username": user,
-            "password": PASSWORDS[user],
-            "ca_file": files["cafile"],
+            "password_file": str(own / "password"),
+            "ca_file": str(own / "ca.crt"),
             "protocol": request.param,
         }
 
@@ -182,8 +163,8 @@ def test_a_device_cannot_speak_as_another_or_as_the_coordinator(
 
 
 @pytest.mark.parametrize("user", [None, "nano", "stranger"])
-def test_nobody_comes_in_without_the_right_password(guarded, files, user):
+def test_nobody_comes_in_without_the_right_password(guarded, broker_files, user):
     more = {} if user is None else {"username": user, "password": "wrong"}
-    settings = BrokerSettings(url=guarded.url, ca_file=Path(files["cafile"]), **more)
+    settings = BrokerSettings(url=guarded.url, ca_file=Path(broker_files["cafile"]), **more)
     with pytest.raises(BrokerRefusedError):
         MqttTransport(settings, client_name="client").start((), timeout_s=10)

@@ -57,6 +57,7 @@ COORDINATOR = {
         *("--dtype", "--threads", "--output", "--json", "--log-level", "--log-format"),
     },
     "report": {"run_folder", "--to"},
+    "enroll": {"device", "--coordinator", "--folder", "--broker-host", "--days", "--renew"},
     "shard": {
         *("data", "--to", "--devices", "--by", "--column", "--alpha", "--sizes", "--seed"),
         "--min-records",
