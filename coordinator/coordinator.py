@@ -17,6 +17,7 @@ from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
 from coordinator.membership import Membership, StaleRequestError, refusal_code
 from coordinator.model_store import ModelStore
+from coordinator.outliers import Screening
 from coordinator.presence import Presence
 from coordinator.quorum import Quorum, Verdict
 from coordinator.registry import Member, Stage
@@ -26,7 +27,7 @@ from coordinator.round_opening import RoundOpener
 from coordinator.settings import CoordinatorSettings
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
-from shared.errors import HsplitError, QuorumError
+from shared.errors import HsplitError, NumericsError, QuorumError
 from shared.protocol.messages import (
     Activations,
     Call,
@@ -69,6 +70,7 @@ class Coordinator:
         model: GlobalModel,
         fleet: Fleet,
         reporter: Reporter,
+        screening: Screening,
         save_checkpoint: Callable[[Checkpoint], None],
         next_round: int = 1,
         presence: Presence | None = None,
@@ -81,6 +83,7 @@ class Coordinator:
         self._model = model
         self._fleet = fleet
         self._reporter = reporter
+        self._screening = screening
         self._save_checkpoint = save_checkpoint
         self._next_round = next_round
         self._presence = presence
@@ -190,20 +193,24 @@ class Coordinator:
             if member.book.admit(message.call):
                 self._carry_out(member, message)
         except HsplitError as error:
-            self._refuse(member, message, error)
+            self._refuse(member, message.call, error, what=message.type)
 
-    def _refuse(self, member: Member, request: Request, error: HsplitError) -> None:
+    def _refuse(self, member: Member, call: Call, error: HsplitError, *, what: str) -> None:
         code = refusal_code(error)
         level = logging.INFO if code == "stale" else logging.WARNING
-        logger.log(level, "%s: %s refused: %s", member.device_id, request.type, error)
-        self.members.answer(member, Refusal(call=request.call, code=code, reason=str(error)[:4000]))
-        if code == "stale":
+        logger.log(level, "%s: %s refused: %s", member.device_id, what, error)
+        self.members.answer(member, Refusal(call=call, code=code, reason=str(error)[:4000]))
+        if code in ("stale", "outlier"):
             self._set_back(member)
+        elif code == "left_out":
+            self.members.lose(member, "its updates were refused too often")
 
     def _carry_out(self, member: Member, request: Request) -> None:
         if isinstance(request, PieceRequest):
             self.members.answer(member, answers.piece_bytes(self._store, request))
-        elif isinstance(request, Ready):
+            return
+        self._screening.check(member.device_id)
+        if isinstance(request, Ready):
             self._ready(member, request)
         elif isinstance(request, Prepared):
             self._assigner.prepared(member, request)
@@ -214,9 +221,16 @@ class Coordinator:
         elif isinstance(request, EvaluationResult):
             self._driver.evaluated(member, request)
         elif isinstance(request, RoundResult):
-            self._driver.delivered(member, request)
-            member.waiting = request.call
-            member.stage = Stage.PREPARED
+            self._deliver(self._driver, member, request)
+
+    def _deliver(self, driver: RoundDriver, member: Member, result: RoundResult) -> None:
+        try:
+            driver.delivered(member, result)
+        except NumericsError:
+            self._screening.offended(member.device_id)
+            raise
+        member.waiting = result.call
+        member.stage = Stage.PREPARED
 
     # --- getting ready ------------------------------------------------------------------------
 
@@ -276,7 +290,7 @@ class Coordinator:
     def _work(self) -> bool:
         did = self._driver is not None and self._driver.work()
         if isinstance(did, Failed):
-            self._refuse(did.member, did.job, did.error)
+            self._refuse(did.member, did.job.call, did.error, what=did.job.type)
         return bool(did)
 
     def _close_round_if_over(self) -> None:
@@ -291,6 +305,7 @@ class Coordinator:
             self._repeat_round(driver.round.number)
         else:
             self._void_rounds = 0
+            self._screen(driver)
             driver.aggregate()
             self._next_round += 1
             end = driver.round.end_step
@@ -300,6 +315,20 @@ class Coordinator:
             self._assigner.rearrange(round_=driver.round.number, steps_left=steps_left)
             # The next round may have to wait for devices, and this one must outlive that.
             self._save(round_=driver.round.number)
+
+    def _screen(self, driver: RoundDriver) -> None:
+        """Leave outliers out of the round, and tell those who sent them: now, or when they ask."""
+        for device, reason in self._screening.judge(driver.sizes()).items():
+            driver.refuse(device)
+            self._screening.owe(device, reason)
+            member = self.members.registry.get(device)
+            if member is None or member.waiting is None:
+                logger.warning("%s: its update is refused: %s", device, reason)
+                continue
+            try:
+                self._screening.check(device)
+            except HsplitError as error:
+                self._refuse(member, member.waiting, error, what="update")
 
     def _repeat_round(self, number: int) -> None:
         self._void_rounds += 1
@@ -313,7 +342,7 @@ class Coordinator:
 
     def _save(self, *, round_: int) -> None:
         step = round_ * self._settings.rounds.steps
-        state = {**self._reporter.state(), **self._fleet.state()}
+        state = {**self._reporter.state(), **self._fleet.state(), **self._screening.state()}
         self._save_checkpoint(self._model.checkpoint(round_=round_, step=step, state=state))
 
     def _finish(self) -> None:

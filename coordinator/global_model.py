@@ -30,7 +30,8 @@ from coordinator.registry import Member
 from coordinator.run_folder import STATE_BASE
 from coordinator.server_training import ServerTrainer
 from coordinator.settings import CoordinatorSettings
-from shared.adapters import FactoredDelta, HeldAdapters, ModuleAdapter
+from coordinator.update_size import adapters_size, classifier_size
+from shared.adapters import AdapterState, FactoredDelta, HeldAdapters, ModuleAdapter
 from shared.architecture import ModelArchitecture
 from shared.classifier_weights import ClassifierTensors
 from shared.errors import ConfigError
@@ -142,6 +143,31 @@ class GlobalModel:
     def classifier_for(self, device: str) -> ClassifierTensors:
         """Return what a device of the round that was started must be sent of the classifier."""
         return classifier.handed_to(device, self.classifier_of_devices, self._devices)
+
+    def size_of(
+        self,
+        adapters: AdapterState,
+        weights: ClassifierTensors,
+        *,
+        holder: Holder,
+        learning_rates: float,
+    ) -> Mapping[str, float]:
+        """Return how large what a device delivered is, before it is aggregated, by what it is of.
+
+        ``learning_rates``: the sum over the round's steps.
+        """
+        size = adapters_size(
+            adapters,
+            holder=holder,
+            update=self.update,
+            mode=self._mode,
+            learning_rates=learning_rates,
+        )
+        if not weights:
+            return {"adapters": size}
+        start = self.classifier_of_devices.weights
+        own = classifier_size(weights, started_from=start, learning_rates=learning_rates)
+        return {"adapters": size, "classifier": own}
 
     def finish_round(self, contributions: Sequence[Contribution]) -> Aggregated:
         """Aggregate what the round brought into the global update, and the devices' classifiers."""

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 
+from coordinator.outliers import LeftOutError, OutlierError
 from coordinator.registry import Admitted, Held, Known, Member, Registry, Stage
 from shared.clock import Clock
 from shared.errors import HsplitError, NumericsError, PlanError, ProtocolError
@@ -46,6 +47,8 @@ class StaleRequestError(ProtocolError):
 
 _CODES: tuple[tuple[type[HsplitError], RefusalCode], ...] = (
     (StaleRequestError, "stale"),
+    (OutlierError, "outlier"),
+    (LeftOutError, "left_out"),
     (NumericsError, "bad_numbers"),
     (PlanError, "does_not_fit"),
 )

@@ -22,6 +22,7 @@ from coordinator.journal import Journal
 from coordinator.metrics import SUMMARY_FILE, DeviceSummary, MetricsWriter, Summary
 from coordinator.model_card import CardDevice, ModelCard
 from coordinator.model_store import ModelStore
+from coordinator.outliers import Screening
 from coordinator.planning.device_plan import adaptable_shapes
 from coordinator.presence import Presence
 from coordinator.reporting import Reporter, Tallies
@@ -82,6 +83,7 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
             model=model,
             fleet=fleet,
             reporter=reporter,
+            screening=_screening(start),
             save_checkpoint=lambda saved: run_folder.save(settings, saved),
             next_round=1 if checkpoint is None else checkpoint.round + 1,
             presence=presence,
@@ -168,6 +170,13 @@ def _fleet(start: _Start, clock: Clock) -> Fleet:
     if start.checkpoint is not None:
         fleet.resume(start.checkpoint.state)
     return fleet
+
+
+def _screening(start: _Start) -> Screening:
+    screening = Screening(start.settings.aggregation.outlier_factor)
+    if start.checkpoint is not None:
+        screening.resume(start.checkpoint.state)
+    return screening
 
 
 def _with_resolved_model(settings: CoordinatorSettings, store: ModelStore) -> CoordinatorSettings:

@@ -111,6 +111,10 @@ class Registry:
         member = self._members.get(device)
         return member if member is not None and member.session == session else None
 
+    def get(self, device: DeviceId) -> Member | None:
+        """Return the member of this id, whichever start of the device it is."""
+        return self._members.get(device)
+
     def is_held(self, device: DeviceId, session: SessionId) -> bool:
         """Tell whether this session waits for its join request to be decided."""
         challenger = self._challengers.get(device)

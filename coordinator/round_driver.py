@@ -80,7 +80,7 @@ class RoundDriver:
         self._server_busy_s = 0.0
         self._importance: dict[DeviceId, Mapping[str, Measured]] = {}
         self._adapters: dict[DeviceId, AdapterState] = {}
-        self._classifiers: dict[str, ClassifierTensors] = {}
+        self._classifiers: dict[DeviceId, ClassifierTensors] = {}
         self._results: dict[DeviceId, RoundResult] = {}
 
     # --- what participants send ---------------------------------------------------------------
@@ -206,6 +206,37 @@ class RoundDriver:
             learning_rate=rate,
         )
 
+    def sizes(self) -> Mapping[DeviceId, Mapping[str, float]]:
+        """Return how large the update of each device is that delivered, by what it is of."""
+        rates = [
+            learning_rate(self._optimizer, step, total_steps=self._total_steps)
+            for step in range(self.round.first_step, self.round.end_step)
+        ]
+        return {
+            device: self._model.size_of(
+                self._adapters[device],
+                self._classifiers[device],
+                holder=self._holders[device],
+                learning_rates=sum(rates),
+            )
+            for device in self.accepted
+        }
+
+    @property
+    def accepted(self) -> Sequence[DeviceId]:
+        """Whose adapters count, once the round is over."""
+        assert self.outcome is not None  # the round is over
+        return self.outcome.delivered
+
+    def refuse(self, device: DeviceId) -> None:
+        """Take back what a device delivered, as if it had been lost before that.
+
+        Its gradients are in the server's part; so are those of any device lost as late.
+        """
+        self.outcome = CloseRound(tuple(one for one in self.accepted if one != device))
+        for kept in (self._adapters, self._classifiers, self._results, self._importance):
+            kept.pop(device, None)
+
     def aggregate(self) -> Aggregated:
         """Bring what was delivered into the global update, and report it."""
         contributions = self._contributions()
@@ -241,14 +272,15 @@ class RoundDriver:
         )
 
     def _contributions(self) -> Sequence[Contribution]:
-        assert self.outcome is not None  # the round is over
         return [
             Contribution(
                 device=device,
                 split_layer=self._holders[device].blocks.stop,
                 target_tokens=tokens,
-                adapters=self._adapters[device] if device in self.outcome.delivered else None,
+                adapters=self._adapters[device] if device in self.accepted else None,
                 classifier=self._classifiers.get(device, {}),
             )
             for device, tokens in sorted(self.round.target_tokens.items())
+            # One that trained alone and was refused is in nothing.
+            if device in self.accepted or device not in self._alone
         ]

@@ -147,10 +147,15 @@ class RoundSettings(Section):
 
 
 class AggregationSettings(Section):
-    """How adapters come together, and what devices get back."""
+    """How adapters come together, and what devices get back.
+
+    ``outlier_factor``: how far beyond the others' an update may be before it is refused
+    (`coordinator.outliers`); null: however far.
+    """
 
     hand_back: HandBackMode = "residual"
     tolerance: Annotated[float, Ge(0), Lt(1)] = 1e-6
+    outlier_factor: Annotated[float, Gt(0), Lt(1e6)] | None = 10.0
 
 
 class CheckpointSettings(Section):

@@ -75,6 +75,7 @@ class RunOverError(HsplitError):
 
 _REFUSALS: dict[str, type[HsplitError]] = {
     "stale": StaleError,
+    "outlier": StaleError,
     "bad_numbers": NumericsError,
     "bad_request": ProtocolError,
     "unreadable": ProtocolError,

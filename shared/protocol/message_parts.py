@@ -40,6 +40,8 @@ RefusalCode: TypeAlias = Literal[
     "does_not_fit",
     "bad_request",
     "bad_numbers",
+    "outlier",
+    "left_out",
     "stale",
     "version",
     "unreadable",

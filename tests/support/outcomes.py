@@ -77,6 +77,8 @@ def trio(
     faults: Faults | None = None,
     max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
     devices: str = "abc",
+    plans: Mapping[str, Mapping[str, Any]] = PLANS,
+    outlier_factor: float | None = 10.0,
 ) -> Simulation:
     """Return a simulation of three unequal devices, not yet run: rounds of 2 steps.
 
@@ -90,12 +92,12 @@ def trio(
                 "batch": 4,
                 "micro_batch": micro_batch,
                 "in_flight": in_flight,
-                "devices": PLANS,
+                "devices": plans,
             },
             "lora": {"r": 8, "target_modules": ["c_attn", "c_fc"]},
             "devices": rules,
             "optimizer": {"name": optimizer, "learning_rate": LEARNING_RATE[optimizer]},
-            "aggregation": {"hand_back": hand_back},
+            "aggregation": {"hand_back": hand_back, "outlier_factor": outlier_factor},
             "training": {"max_length": 48, "labels": labels, "wire_dtype": "float32"},
         },
         faults=Latency() if faults is None else Latency(faults),

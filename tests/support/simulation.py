@@ -21,6 +21,7 @@ from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
 from coordinator.metrics import MetricsWriter
 from coordinator.model_store import ModelStore
+from coordinator.outliers import Screening
 from coordinator.reporting import Reporter, Tallies
 from coordinator.settings import CoordinatorSettings
 from edge_agent import records
@@ -32,7 +33,7 @@ from edge_agent.model_cache import ModelCache
 from edge_agent.participation import Parts
 from shared.architecture import ModelArchitecture
 from shared.errors import HsplitError
-from shared.protocol.messages import DeviceId, DeviceProfile
+from shared.protocol.messages import DeviceId, DeviceProfile, Refusal
 from shared.protocol.profile import Measurements
 from shared.protocol.topics import agent_filters, coordinator_filters
 from shared.terms import TrainingChoices
@@ -127,6 +128,7 @@ class Device:
     parts: Parts
     error: HsplitError | None = None
     gone: bool = False
+    refusals: list[Refusal] = field(default_factory=list)
 
 
 @dataclass
@@ -187,7 +189,9 @@ class Simulation:
             resumed_step=None if resumed is None else resumed.step,
         )
         self.fleet = Fleet(settings, architecture, measure_server=self.measure_server)
+        self.screening = Screening(settings.aggregation.outlier_factor)
         if resumed is not None:
+            self.screening.resume(resumed.state)
             model.resume(resumed)
             self.fleet.resume(resumed.state)
         self.model = model
@@ -204,6 +208,7 @@ class Simulation:
             model=model,
             fleet=self.fleet,
             reporter=self.reporter,
+            screening=self.screening,
             save_checkpoint=lambda checkpoint: checkpoints.save(
                 settings.run_folder / "checkpoints", checkpoint, keep=settings.checkpoints.keep
             ),
