@@ -73,10 +73,17 @@ def render(run: RunRecords) -> str:
     return page.render(
         run.name,
         parts,
-        subtitle=f"{_model(run)} · {wording.date(began_s)} to {wording.date(ended_s)} · {state}",
+        subtitle=" · ".join(
+            (_method(run), f"{wording.date(began_s)} to {wording.date(ended_s)}", state)
+        ),
         headline=_headline(run),
         made_from=_MADE_FROM,
     )
+
+
+def _method(run: RunRecords) -> str:
+    strategy = run.settings.get("strategy")
+    return f"{_model(run)} by {strategy}" if isinstance(strategy, str) else _model(run)
 
 
 def _model(run: RunRecords) -> str:

@@ -202,7 +202,10 @@ def aggregation(records: RunRecords) -> Section:
     """Return norm, rank and relative error of the global update after each round."""
     return Section(
         title="Aggregation",
-        text="The global update, kept factored: its size, its rank, and what recompression lost.",
+        text=(
+            "The global update, kept factored: its size, its rank, and how far what devices are "
+            "handed is from the exact sum. In an exact strategy that is rounding."
+        ),
         charts=drawn(
             _by_round(records, "aggregation/norm", "Norm of the update", "Frobenius norm"),
             _by_round(records, "aggregation/largest_rank", "Largest rank of a module", "rank"),
@@ -218,9 +221,14 @@ def _by_round(records: RunRecords, name: str, title: str, unit: str) -> Chart | 
 
 
 def _relative_error(records: RunRecords) -> Chart | None:
-    points = records.series("aggregation/relative_error")
-    errors = [value if value > 0 else np.nan for value in values(points)]
-    line = Line(xs=rounds(points), ys=errors, key=Key("", PALETTE[0]))
+    lines = [
+        Line(xs=rounds(points), ys=[v if v > 0 else np.nan for v in values(points)], key=key)
+        for name, key in (
+            ("aggregation/error", Key("all modules", INK)),
+            ("aggregation/relative_error", Key("the worst module", PALETTE[0])),
+        )
+        for points in [records.series(name)]
+    ]
     scale = Scale(x="round", y="relative error", log=True)
     note = "Rounds without a point lost nothing."
-    return line_chart("Largest relative error", [line], scale=scale, note=note)
+    return line_chart("Error of the aggregation", lines, scale=scale, note=note)

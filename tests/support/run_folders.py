@@ -32,7 +32,7 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     clock = FakeClock()
     (folder / "run.yaml").write_text(
-        f"run: {{id: my-run}}\nmodel: {{name: org/tiny}}\nrounds: {{count: 3, steps: {steps}}}\n"
+        f"run: {{id: my-run}}\nstrategy: hsplitlora\nmodel: {{name: org/tiny}}\nrounds: {{count: 3, steps: {steps}}}\n"
     )
     with (
         contextlib.closing(Journal(folder, clock)) as journal,
@@ -97,6 +97,7 @@ def _train(
         "aggregation/norm": float(number),
         "aggregation/largest_rank": 16.0 * number,
         "aggregation/relative_error": 1e-7 * (number - 1),
+        "aggregation/error": 0.5e-7 * (number - 1),
     }
     for device in devices:
         own = {"busy_s": busy_s, "compute_s": busy_s / 4, "temperature_c": 40.0 + number}

@@ -55,13 +55,14 @@ def test_a_run_is_drawn_in_all_its_aspects(whole):
         "Importance by kind of module",
         "Norm of the update",
         "Largest rank of a module",
-        "Largest relative error",
+        "Error of the aggregation",
     ]
 
 
 def test_the_head_says_which_run_it_was_and_how_it_went(whole):
     assert "my-run" in whole.text
-    assert "org/tiny · 1970-01-01 00:16 UTC to 1970-01-01 00:17 UTC · finished" in whole.text
+    how = "org/tiny by hsplitlora · 1970-01-01 00:16 UTC to 1970-01-01 00:17 UTC · finished"
+    assert how in whole.text
     assert "held-out perplexity 100 → 33.2" in whole.text
     assert "optimizer steps 12 of 12" in whole.text
     assert "time 33 s" in whole.text
