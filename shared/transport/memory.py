@@ -61,7 +61,8 @@ class MemoryBroker:
     """Routes between `MemoryTransport` objects; any thread may call anything.
 
     With one thread and a seeded `Faults` every run is the same. ``traffic`` lists every
-    (topic, payload) that was published, births and wills included, in order.
+    (topic, payload) that was published, births and wills included, in order; nothing without
+    ``keeps_traffic``, as long runs would fill the memory with it.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class MemoryBroker:
         *,
         faults: Faults | None = None,
         max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
+        keeps_traffic: bool = True,
     ) -> None:
         """Start empty: no client, nothing retained."""
+        self._keeps_traffic = keeps_traffic
         self.max_payload_bytes = max_payload_bytes
         self.faults: Faults = faults if faults is not None else NoFaults()
         self.traffic: list[tuple[str, bytes]] = []
@@ -130,7 +133,8 @@ class MemoryBroker:
     def publish(self, topic: Topic, payload: bytes, *, sender: str) -> None:
         """Pass one payload to everyone who subscribed to its topic."""
         with self._lock:
-            self.traffic.append((topic.name, payload))
+            if self._keeps_traffic:
+                self.traffic.append((topic.name, payload))
             if topic.retain and payload:
                 self._retained[topic.name] = (payload, sender)
             elif topic.retain:

@@ -139,13 +139,17 @@ class Simulation:
     faults: Faults | None = None
     model_changes: Mapping[str, Any] = field(default_factory=dict)
     max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
+    keeps_traffic: bool = True
     share_labels: bool = True
     measure_server: Callable[[int, int], Measurements] | None = None
 
     def __post_init__(self) -> None:
         self.clock = FakeClock()
         self.broker = MemoryBroker(
-            self.clock, faults=self.faults, max_payload_bytes=self.max_payload_bytes
+            self.clock,
+            faults=self.faults,
+            max_payload_bytes=self.max_payload_bytes,
+            keeps_traffic=self.keeps_traffic,
         )
         model = self.folder / "base"
         if not model.exists():

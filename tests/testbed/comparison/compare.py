@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from pydantic import TypeAdapter
 
 from coordinator import demo
 from coordinator.model_store import ModelStore
@@ -36,6 +37,7 @@ from tests.testbed.emulated_fleet import profiled
 from tests.testbed.system import ROOT
 
 TUNING_SEED = 1000
+MACHINE: TypeAdapter[Machine] = TypeAdapter(Machine)
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
     options = _options()
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        machine = measured(Path(temporary))
+        machine = machine_of(options.machine, Path(temporary))
         work = partial(_work, machine=machine)
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
             rates = _tuned(partial(pool.imap_unordered, work), options)
@@ -81,8 +83,22 @@ def _options() -> argparse.Namespace:
         "--learning-rates", nargs="+", type=float, default=[5e-3],
         help="with several, each method has the best of them on a seed of its own",
     )  # fmt: skip
+    parser.add_argument(
+        "--machine", type=Path, metavar="FILE",
+        help="what a machine measured of itself; written where it does not exist",
+    )  # fmt: skip
     parser.add_argument("--processes", type=int, default=2)
     return parser.parse_args()
+
+
+def machine_of(file: Path | None, folder: Path) -> Machine:
+    """Return what ``file`` says a machine measured, or measure this one now."""
+    if file is not None and file.exists():
+        return MACHINE.validate_json(file.read_bytes())
+    machine = measured(folder)
+    if file is not None:
+        file.write_bytes(MACHINE.dump_json(machine))
+    return machine
 
 
 def measured(folder: Path) -> Machine:

@@ -93,6 +93,7 @@ def run(job: Job, machine: Machine, folder: Path) -> MethodRun:
         folder,
         settings=_settings(job, method),
         measure_server=lambda micro_batch, length: server,
+        keeps_traffic=False,
     )
     fleet = (SERVER,) if method.pooled else FLEET
     for device, text in zip(fleet, texts(job, folder, count=len(fleet)), strict=True):

@@ -104,6 +104,12 @@ def test_centralised_lora_is_one_machine_with_all_of_the_text(tmp_path):
     assert one.kind == "reference"
 
 
+def test_a_machine_that_was_measured_is_taken_as_it_was(tmp_path):
+    file = tmp_path / "machine.json"
+    file.write_bytes(compare.MACHINE.dump_json(MACHINE))
+    assert compare.machine_of(file, tmp_path) == MACHINE
+
+
 def test_all_methods_have_as_many_adapter_parameters():
     assert sum(device.rank for device in FLEET) == len(FLEET) * EQUAL_RANK
 
