@@ -7,16 +7,14 @@ micro-batch. So no state needs a lock, and a test can drive it with a clock of i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from coordinator import answers
-from coordinator.aggregation import SERVER
 from coordinator.assigning import Assigner
 from coordinator.checkpoints import Checkpoint
-from coordinator.exchange import ExchangeLimits, Failed
+from coordinator.exchange import Failed
 from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
-from coordinator.handback import HandBack
 from coordinator.membership import Membership, StaleRequestError, refusal_code
 from coordinator.model_store import ModelStore
 from coordinator.presence import Presence
@@ -24,7 +22,7 @@ from coordinator.quorum import Quorum, Verdict
 from coordinator.registry import Member, Stage
 from coordinator.reporting import Reporter
 from coordinator.round_driver import RoundDriver
-from coordinator.rounds import Round
+from coordinator.round_opening import RoundOpener
 from coordinator.settings import CoordinatorSettings
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
@@ -80,7 +78,6 @@ class Coordinator:
         self._link = link
         self._clock = clock
         self._store = store
-        self._architecture = architecture
         self._model = model
         self._fleet = fleet
         self._reporter = reporter
@@ -104,6 +101,15 @@ class Coordinator:
             on_lost=self._lost,
         )
         self._assigner = Assigner(settings.devices, members=self.members, fleet=fleet, clock=clock)
+        self._opener = RoundOpener(
+            settings,
+            architecture,
+            model=model,
+            fleet=fleet,
+            members=self.members,
+            reporter=reporter,
+            clock=clock,
+        )
 
     @property
     def phase(self) -> str:
@@ -260,67 +266,12 @@ class Coordinator:
 
     # --- rounds -------------------------------------------------------------------------------
 
-    def _start_round(self, members: list[Member]) -> None:
-        number, count = self._next_round, self._settings.rounds.count
-        first_step = (number - 1) * self._settings.rounds.steps
-        steps = self._settings.rounds.steps if number <= count else 0
-        probe = self._fleet.probe_sequences(number) if steps else 0
-        handed = self._model.start_round(number, members, server_ranks=self._fleet.server_ranks)
-        plans = {member.device_id: member.plan for member in members if member.plan is not None}
-        whole = self._architecture.block_count
-        head = self._settings.training.labels == "device"
-        alone = frozenset(d for d, plan in plans.items() if head and plan.split_layer == whole)
-        self._driver = RoundDriver(
-            Round(
-                number,
-                first_step=first_step,
-                steps=steps,
-                exchanging=plans.keys() - alone,
-                alone=alone,
-            ),
-            holders=handed.holders,
-            alone=alone,
-            model=self._model,
-            members=self.members,
-            reporter=self._reporter,
-            optimizer=self._settings.optimizer,
-            total_steps=self._settings.total_steps,
-            limits=ExchangeLimits.of(self._settings, probe_sequences=probe),
-            candidates=self._model.update.keys(),
-            clock=self._clock,
-        )
-        if number == 1:
+    def _start_round(self, members: Sequence[Member]) -> None:
+        opened = self._opener.open(self._next_round, members)
+        self._driver = opened.driver
+        if self._next_round == 1:
             self._save(round_=0)
-        self._reporter.round_started(number, of=count, plans=plans)
-        self._reporter.planned(
-            number,
-            first_step,
-            plans=plans,
-            server_ranks=handed.ranks_of(SERVER),
-            fleet=self._fleet.latest,
-        )
-        for member in members:
-            self._hand_back(member, handed, first_step=first_step, steps=steps, probe=probe)
-
-    def _hand_back(
-        self, member: Member, handed: HandBack, *, first_step: int, steps: int, probe: int
-    ) -> None:
-        assert member.waiting is not None  # it is prepared
-        start = answers.round_start(
-            member.waiting,
-            handed,
-            member.device_id,
-            classifier=self._model.classifier_for(member.device_id),
-            first_step=first_step,
-            steps=steps,
-            first_sequence=self._fleet.position(member, first_step),
-            probe_sequences=probe,
-        )
-        member.waiting = None
-        member.stage = Stage.IN_ROUND if steps else Stage.DONE
-        member.fresh = False
-        member.asked_s = self._clock.monotonic_s()
-        self.members.answer(member, start)
+        self._opener.start(opened, members)
 
     def _work(self) -> bool:
         did = self._driver is not None and self._driver.work()

@@ -10,7 +10,7 @@ from coordinator.aggregation import Aggregated, Contribution, block_of
 from coordinator.exchange import Exchange, ExchangeLimits, Failed, Job
 from coordinator.fleet import Observations
 from coordinator.global_model import GlobalModel
-from coordinator.handback import Holder, check_adapters
+from coordinator.handback import HandBack, check_adapters
 from coordinator.importance import Measured
 from coordinator.membership import Membership, StaleRequestError
 from coordinator.registry import Member
@@ -43,14 +43,14 @@ logger = logging.getLogger(__name__)
 class RoundDriver:
     """Carries one round to its end. ``outcome`` is None until then.
 
-    ``holders``: what each participant holds; ``alone``: those who hold the whole model.
+    ``handed``: what everybody starts from; ``alone``: those who hold the whole model.
     """
 
     def __init__(
         self,
         round_: Round,
         *,
-        holders: Mapping[str, Holder],
+        handed: HandBack,
         alone: frozenset[DeviceId],
         model: GlobalModel,
         members: Membership,
@@ -64,7 +64,8 @@ class RoundDriver:
         """Open the round; ``candidates``: the modules whose importance may be measured."""
         self.round = round_
         self.outcome: CloseRound | None = None
-        self._holders = holders
+        self._handed = handed
+        self._holders = handed.holders
         self._alone = alone
         self._model = model
         self._members = members
