@@ -6,6 +6,7 @@
 #                       empty TORCH_INDEX, or one out of reach, means pip's own index.
 #   PYTEST_ARGS=...     more arguments for pytest, such as -k round
 #   BENCH_ARGS=...      arguments for the benchmark
+#   DATA=FOLDER         GLUE's MRPC, RTE and QQP, for bench-glue
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -129,10 +130,13 @@ compare-full: install ## The same for longer, learning rates tuned for each (a n
 	$(BIN)/python -m tests.testbed.comparison.compare --name compare-full --rounds 10 --steps 30 \
 		--batch 8 --held-out 144 --learning-rates 2e-3 5e-3 1e-2 $(BENCH_ARGS)
 
-.PHONY: bench-glue
-bench-glue: install ## MRPC and RTE on a pretrained encoder: DATA=folder with GLUE's MRPC, RTE, QQP
+.PHONY: glue-data
+glue-data:
 	@test -n "$(DATA)" || { echo "bench-glue needs GLUE's data, which is not part of hsplit:"; \
 		echo "make bench-glue DATA=/path/to/glue (with MRPC/train.json, MRPC/dev.json and so on)"; exit 2; }
+
+.PHONY: bench-glue
+bench-glue: glue-data install ## MRPC and RTE on a pretrained encoder: DATA=folder with GLUE's MRPC, RTE, QQP (30 min)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[coordinator,encoder]'
 	$(BIN)/python -m tests.testbed.bench_glue --data "$(DATA)" $(BENCH_ARGS)

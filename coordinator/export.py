@@ -6,6 +6,7 @@ Shape suffixes: I input features, O output features, R rank.
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -190,7 +191,8 @@ def _check_with_peft(
     try:
         with torch.device("meta"), without_their_quarrel():
             plain: PreTrainedModel = auto_class.from_config(model_config)
-            skeleton = get_peft_model(plain, lora)
+            # A copy: PEFT adds what it thinks a classifier may be called.
+            skeleton = get_peft_model(plain, copy.deepcopy(lora))
     except ValueError as error:
         raise ModelError(f"the base model does not take this adapter: {error}") from error
     expected = {name: t.shape for name, t in get_peft_model_state_dict(skeleton).items()}

@@ -69,11 +69,14 @@ class ModelCard:
     perplexity_before: float | None = None
     perplexity_after: float | None = None
     classes: Sequence[str] = ()
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    f1_before: float | None = None
+    f1_after: float | None = None
 
 
 def render(card: ModelCard, *, largest_rank: int) -> str:
     """Return the card as Markdown with Hugging Face's YAML header."""
-    before, after = _number(card.perplexity_before), _number(card.perplexity_after)
     what = "the classes of its texts" if card.classes else "which are its token ids"
     licence = card.base_licence or "not known: look it up before you share this adapter"
     return "\n".join(
@@ -90,7 +93,7 @@ def render(card: ModelCard, *, largest_rank: int) -> str:
             "",
             f"* {card.rounds} rounds, {card.steps} steps; aggregation:",
             f"  {_HAND_BACK[card.hand_back]}",
-            f"* perplexity on held-out text: {before} before, {after} after",
+            *_held_out(card),
             f"* rank of this adapter: up to {largest_rank}, each module's own in `rank_pattern`;",
             "  scaling 1 throughout",
             "",
@@ -98,6 +101,19 @@ def render(card: ModelCard, *, largest_rank: int) -> str:
             "",
             _code(card),
             "",
+        )
+    )
+
+
+def _held_out(card: ModelCard) -> tuple[str, ...]:
+    if not card.classes:
+        before, after = _number(card.perplexity_before), _number(card.perplexity_after)
+        return (f"* perplexity on held-out text: {before} before, {after} after",)
+    return tuple(
+        f"* {name} on held-out texts: {_percent(before)} before, {_percent(after)} after"
+        for name, before, after in (
+            ("accuracy", card.accuracy_before, card.accuracy_after),
+            ("F1", card.f1_before, card.f1_after),
         )
     )
 
@@ -133,3 +149,7 @@ def _table(devices: Sequence[CardDevice]) -> tuple[str, ...]:
 
 def _number(perplexity: float | None) -> str:
     return "not measured" if perplexity is None else f"{perplexity:.2f}"
+
+
+def _percent(score: float | None) -> str:
+    return "not measured" if score is None else f"{score:.1%}"

@@ -115,8 +115,7 @@ def export(folder: Path, target: Path | None, *, merged: bool) -> Path:
         settings,
         rounds=checkpoint.round,
         steps=checkpoint.step,
-        before=tallies.perplexity_before,
-        after=tallies.perplexity_after,
+        found=tallies,
         devices=[
             _card_device(name, plan, tallies.target_tokens.get(name, 0))
             for name, plan in sorted(tallies.plans.items())
@@ -277,8 +276,7 @@ def _export(settings: CoordinatorSettings, model: GlobalModel, summary: Summary)
         settings,
         rounds=settings.rounds.count,
         steps=summary.steps,
-        before=summary.perplexity_before,
-        after=summary.perplexity_after,
+        found=summary,
         devices=devices,
     )
     folder = settings.run_folder
@@ -314,8 +312,7 @@ def _card(
     *,
     rounds: int,
     steps: int,
-    before: float | None,
-    after: float | None,
+    found: Tallies | Summary,
     devices: list[CardDevice],
 ) -> ModelCard:
     return ModelCard(
@@ -327,7 +324,11 @@ def _card(
         rounds=rounds,
         steps=steps,
         devices=devices,
-        perplexity_before=before,
-        perplexity_after=after,
+        perplexity_before=found.perplexity_before,
+        perplexity_after=found.perplexity_after,
         classes=settings.training.classes,
+        accuracy_before=found.accuracy_before,
+        accuracy_after=found.accuracy_after,
+        f1_before=found.f1_before,
+        f1_after=found.f1_after,
     )

@@ -239,7 +239,8 @@ class _Side:
         With `labels: server` both ways are one, and all of it is in the first number. What is
         sent is made now: on a device it would be in another process.
         """
-        sent, gradient = self._sent(load), self._frame(load)
+        sent = self._sent(load)
+        gradient = self._frame(probe_loads.rows_read(load, self._architecture))
 
         def forward(key: MicroBatchKey) -> float:
             return stopwatch(partial(self._trainer.train, _DEVICE, key, sent), self._clock)
@@ -270,12 +271,12 @@ class _Side:
         return MicroBatchInput(
             split_layer=self._first,
             lengths=(load.length,) * load.sequences,
-            hidden=self._frame(load),
+            hidden=self._frame(load.tokens),
             labels=pack(labels_N) if self._training.labels == "server" else None,
         )
 
-    def _frame(self, load: Load) -> TensorFrame:
+    def _frame(self, rows: int) -> TensorFrame:
         """Return values (N, D) as activations or their gradient may be."""
         width = self._architecture.hidden_size
-        small_ND = probe_loads.small_values_ND(load.tokens, width, seed=SEED)
+        small_ND = probe_loads.small_values_ND(rows, width, seed=SEED)
         return pack(small_ND, self._training.wire_dtype)

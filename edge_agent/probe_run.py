@@ -177,7 +177,9 @@ class ProbeRun:
 
     def _head(self, load: Load) -> HeadPoint:
         key = MicroBatch(0, 0)
-        hidden = self._backend.forward(key, self._batch(load), train=True)
+        self._backend.forward(key, self._batch(load), train=True)
+        # As the server would send it: activations and their gradients are of the same shapes.
+        hidden = self._small(probe_loads.rows_read(load, self._architecture))
 
         def once(_: int) -> tuple[float, ...]:
             return (stopwatch(lambda: self._backend.head(key, hidden, train=True), self._clock),)
@@ -213,9 +215,12 @@ class ProbeRun:
         return TokenBatch(tokens_N, labels_N, (load.length,) * load.sequences)
 
     def _gradient(self, load: Load) -> TensorFrame:
+        return self._small(load.tokens)
+
+    def _small(self, rows: int) -> TensorFrame:
         width = self._architecture.hidden_size
-        gradient_ND = probe_loads.small_values_ND(load.tokens, width, seed=SEED)
-        return pack(gradient_ND, self._spec.training.wire_dtype)
+        small_ND = probe_loads.small_values_ND(rows, width, seed=SEED)
+        return pack(small_ND, self._spec.training.wire_dtype)
 
 
 class _Memory:

@@ -169,6 +169,11 @@ def random_tokens(count: int, *, vocab_size: int, seed: int) -> npt.NDArray[np.i
     return np.random.default_rng(seed).integers(0, vocab_size, count, dtype=np.int32)
 
 
+def rows_read(load: Load, architecture: ModelArchitecture) -> int:
+    """Return how many rows of a load's activations the head reads."""
+    return load.sequences if architecture.classifies else load.tokens
+
+
 def random_labels(
     load: Load, architecture: ModelArchitecture, *, seed: int
 ) -> npt.NDArray[np.int32]:

@@ -129,6 +129,11 @@ def test_the_exported_classifier_is_the_run(family, labels, tmp_path):
     sim = three_devices(tmp_path, family, labels=labels, steps=3)
     sim.run()
     adapter = exported(sim, tmp_path / "adapter")
+    words = (adapter / "README.md").read_text()
+    assert "accuracy on held-out texts: 25.0% before, 75.0% after" in words
+    assert "F1 on held-out texts: not measured before, 70.0% after" in words
+    assert "num_labels=3" in words
+    assert "pipeline_tag: text-classification" in words
     model = opened(sim, adapter)
     batches = [b for d in sim.devices for b in held_out(sim, d)]
     nats, chosen, actual = 0.0, [], []
@@ -169,6 +174,7 @@ def exported(sim, folder):
     card = ModelCard(
         base_model="tiny", run_id="sim", strategy="hsplitlora", hand_back="residual",
         labels="device", rounds=ROUNDS, steps=6, devices=(), classes=CLASSES,
+        accuracy_before=0.25, accuracy_after=0.75, f1_after=0.7,
     )  # fmt: skip
     weights = sim.model.classifier.weights
     classifier = TrainedClassifier(classes=CLASSES, weights=weights)

@@ -146,9 +146,7 @@ def _run(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "base").symlink_to(base.resolve())
-        sim = Simulation(folder, settings=_settings(job, plans, classes))
-        # All that is said stays in memory otherwise: gigabytes of activations.
-        sim.broker.traffic = _Forgetful()
+        sim = Simulation(folder, settings=_settings(job, plans, classes), keeps_traffic=False)
         parts = (_shuffled(training, job.seed), _shuffled(held_out, job.seed))
         for number, device in enumerate(plans):
             own = [part[number :: len(plans)] for part in parts]
@@ -189,13 +187,6 @@ def _settings(job: Job, plans: Mapping[str, Any], classes: list[str]) -> dict[st
             "seed": job.seed,
         },
     }
-
-
-class _Forgetful(list[tuple[str, bytes]]):
-    """A list that stays empty."""
-
-    def append(self, item: tuple[str, bytes]) -> None:
-        """Forget it."""
 
 
 def _shuffled(rows: Sequence[Row], seed: int) -> list[Row]:

@@ -55,6 +55,18 @@ def test_every_family_is_measured_in_both_label_modes(family, labels):
     assert (costs.head_s(tokens=64) > 0) == (labels == "server")
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])
+@pytest.mark.parametrize("labels", ["device", "server"])
+def test_a_classifier_is_measured_in_both_label_modes(family, labels):
+    training = TrainingTerms(
+        task="classification", classes=("no", "yes"), max_length=32, labels=labels
+    )
+    found = measured(work(tiny_model(family), training=training))
+    points = [(p.blocks, p.sequences * p.length, p.in_flight) for p in found.blocks]
+    assert points == [(1, 16, 1), (1, 64, 1), (3, 16, 1), (3, 64, 1), (3, 64, 2)]
+    assert [p.tokens for p in found.head] == ([64, 16] if labels == "server" else [])
+
+
 def copying_work() -> ServerWork:
     """Return work with a head of 16 MiB that is copied to the dtype it is computed in."""
     model = tiny_model("llama", vocab_size=2**18)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from edge_agent.local_model import open_model
 from shared.errors import ConfigError, ModelError, StorageError
-from tests.support.tiny_models import FAMILIES, TinyModel, tiny_model
+from tests.support.tiny_models import FAMILIES, TinyModel, tiny_classifier, tiny_model
 
 
 def write(folder: Path, model: TinyModel, *, shards: int = 1, without_prefix: str = "") -> Path:
@@ -70,6 +70,13 @@ def test_a_piece_that_lies_in_several_files_is_put_together(tmp_path, family):
     files = pieces(write(tmp_path / "base", model, shards=3), scratch)
     assert_holds(files, model, blocks=2)
     assert files["block.0"].parent == scratch
+
+
+def test_an_encoder_is_measured_as_a_classifier(tmp_path):
+    folder = write(tmp_path / "base", tiny_classifier("bert"), without_prefix="bert.")
+    architecture = open_model(str(folder)).architecture
+    assert (architecture.task, architecture.class_count) == ("classification", 2)
+    assert architecture.front_pieces(1, head_on_device=True) == ("embeddings", "block.0", "head")
 
 
 def test_names_without_the_first_part_are_completed(tmp_path):

@@ -18,7 +18,7 @@ from shared.protocol.tensors import TensorFrame
 from shared.terms import TrainingTerms
 from tests.support.fake_clock import FakeClock
 from tests.support.probe_specs import first_blocks, probe_spec
-from tests.support.tiny_models import FAMILIES
+from tests.support.tiny_models import CLASSIFYING, FAMILIES
 
 MIB = 2**20
 
@@ -72,6 +72,16 @@ class SmallBackend(TorchBackend):
 def test_every_family_is_measured_at_all_points(tmp_path, family):
     lines = run(spec(tmp_path, family=family))
     assert lines[0].runtime_bytes is not None
+    assert sizes(lines) == [(1, 16, 1), (1, 64, 1), (3, 16, 1), (3, 64, 1), (3, 64, 2)]
+    assert [line.head.tokens for line in lines if line.head] == [64, 16]
+    assert len([line for line in lines if line.optimizer]) == 2
+    assert not [line for line in lines if line.warning]
+
+
+@pytest.mark.parametrize("family", CLASSIFYING)
+def test_every_family_is_measured_as_a_classifier(tmp_path, family):
+    terms = TrainingTerms(task="classification", classes=("no", "yes"), max_length=32)
+    lines = run(spec(tmp_path, family=family, training=terms))
     assert sizes(lines) == [(1, 16, 1), (1, 64, 1), (3, 16, 1), (3, 64, 1), (3, 64, 2)]
     assert [line.head.tokens for line in lines if line.head] == [64, 16]
     assert len([line for line in lines if line.optimizer]) == 2
