@@ -76,9 +76,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10, help="in each round")
-    parser.add_argument("--batch", type=int, default=3, help="sequences of a device in a step")
+    parser.add_argument("--batch", type=int, default=2, help="sequences of a device in a step")
     parser.add_argument("--alpha", type=float, help="unequal mixtures of the kinds of food")
-    parser.add_argument("--held-out", type=int, default=60, help="lines to evaluate on")
+    parser.add_argument("--held-out", type=int, default=40, help="lines to evaluate on")
     parser.add_argument(
         "--learning-rates", nargs="+", type=float, default=[5e-3],
         help="with several, each method has the best of them on a seed of its own",
