@@ -23,6 +23,8 @@ _SETTINGS: _Flags = {
     "--username": ("broker.username", "NAME", "user at the broker"),
     "--password-file": ("broker.password_file", "FILE", "holds the password (or set the variable)"),
     "--ca-file": ("broker.ca_file", "FILE", "certificate authority of the broker"),
+    "--cert-file": ("broker.cert_file", "FILE", "this device's certificate, for the broker"),
+    "--key-file": ("broker.key_file", "FILE", "the key that belongs to --cert-file"),
     "--device-id": ("device_id", "ID", "this device's name, its own at the coordinator"),
     "--data": ("data", "FILE", "JSON lines: text (and label), prompt and completion, or messages"),
     "--evaluation-data": ("evaluation_data", "FILE", "held-out text (default: a share of --data)"),

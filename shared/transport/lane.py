@@ -295,9 +295,9 @@ class Lane:
     @_never_raises
     def _on_connect_fail(self, _client: paho.Client, _userdata: object) -> None:
         error = self._client.connect_error
-        if isinstance(error, ssl.SSLCertVerificationError):
-            self._refuse(refusals.certificate_refused(self._settings, error))
-        elif isinstance(error, ssl.SSLError | ConnectionResetError):
+        if isinstance(error, ssl.SSLError) and self._refused_by_tls(error):
+            return
+        if isinstance(error, ssl.SSLError | ConnectionResetError):
             self._inbox.push(LaneLost(self, f"no TLS connection: {error}", answered=False))
         logger.debug("%s connection: broker not reached: %s", self.name, error)
 
@@ -311,7 +311,7 @@ class Lane:
         _properties: Properties | None,
     ) -> None:
         answered, self._answered, self.ready = self._answered, False, False
-        if self._closing.is_set() or self._refused:
+        if self._closing.is_set() or self._refused or self._refused_by_tls(self._client.tls_error):
             return
         self._inbox.push(LaneLost(self, reason.getName(), answered))
 
@@ -334,6 +334,13 @@ class Lane:
     def _be_ready(self) -> None:
         self.ready = True
         self._inbox.push(LaneReady(self, self._packet_limit_bytes))
+
+    def _refused_by_tls(self, error: ssl.SSLError | None) -> bool:
+        """Take in why TLS failed; tell whether that is for good."""
+        refusal = refusals.tls_refused(self._settings, error)
+        if refusal is not None:
+            self._refuse(refusal)
+        return refusal is not None
 
     def _refuse(self, error: TransportError, *, unsupported_protocol: bool = False) -> None:
         """Tell the owner once, and stop trying."""

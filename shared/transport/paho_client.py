@@ -41,6 +41,8 @@ class PahoClient(paho.Client):
         """Why the last attempt to reach the broker failed; paho's callback does not say."""
         self.reached = False
         """Whether the last attempt got as far as sending CONNECT."""
+        self.tls_error: ssl.SSLError | None = None
+        """What TLS said when the last connection broke: TLS 1.3 refuses after its handshake."""
         self._on_thread_end = on_thread_end
         self.on_socket_open = _send_at_once
 
@@ -61,17 +63,18 @@ class PahoClient(paho.Client):
                 sock.shutdown(socket.SHUT_RDWR)
 
     def loop_stop(self) -> MQTTErrorCode:
-        """Wait for the network thread to end, and close what woke it.
+        """Wait for the network thread to end; close what woke it, and a connection still open.
 
-        paho leaves that pair of sockets to the garbage collector.
+        paho leaves both to the garbage collector: the second where `disconnect` came while the
+        thread was connecting.
         """
         code = super().loop_stop()
-        self._reset_sockets(sockpair_only=True)
+        self._reset_sockets()
         return code
 
     def reconnect(self) -> MQTTErrorCode:
         """Connect again, keeping the reason when that fails."""
-        self.reached = False
+        self.reached, self.tls_error = False, None
         try:
             code = super().reconnect()
         except OSError as error:
@@ -79,6 +82,14 @@ class PahoClient(paho.Client):
             raise
         self.connect_error, self.reached = None, True
         return code
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        """Read, keeping what TLS says; paho calls each reason a lost connection."""
+        try:
+            return super()._sock_recv(bufsize)
+        except ssl.SSLError as error:
+            self.tls_error = error
+            raise
 
     def _packet_queue(
         self,

@@ -106,6 +106,8 @@ def test_sockets_send_small_packets_at_once():
     ("name", "parameters"),
     [
         ("_packet_read", ["self"]),
+        ("_sock_recv", ["self", "bufsize"]),
+        ("_reset_sockets", ["self", "sockpair_only"]),
         ("_packet_queue", ["self", "command", "packet", "mid", "qos", "info"]),
         ("_messages_reconnect_reset_out", ["self"]),
         ("_thread_main", ["self"]),

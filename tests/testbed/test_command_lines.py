@@ -20,12 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 AGENT = {
     "run": {
         *("--config", "--broker", "--username", "--password-file", "--ca-file", "--device-id"),
+        *("--cert-file", "--key-file"),
         *("--data", "--evaluation-data", "--evaluation-fraction", "--share-labels"),
         *("--cache-folder", "--cache-limit", "--state-folder", "--memory-limit", "--device"),
         *("--threads", "--emulate", "--log-level", "--log-format"),
     },
     "profile": {
         *("--config", "--broker", "--username", "--password-file", "--ca-file", "--device-id"),
+        *("--cert-file", "--key-file"),
         *("--cache-folder", "--state-folder", "--memory-limit", "--device", "--threads"),
         *(
             "--emulate",
