@@ -16,8 +16,8 @@ _SEEDS = (
     "seed. With so few seeds, a difference within the shades is no difference."
 )
 _ERROR = (
-    "The aggregation error is the largest relative error of a module's update against the exact "
-    "weighted sum of the devices' updates, in that round."
+    "The aggregation error is how far what devices are handed is from the exact weighted sum of "
+    "their updates, over all modules together, in that round."
 )
 _REFERENCE = (
     "A reference is no competitor: it does what no fleet could, such as training on all data in "

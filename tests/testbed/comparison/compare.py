@@ -201,7 +201,7 @@ def _device(device: EmulatedDevice) -> dict[str, object]:
     return {
         "speed": device.speed,
         "link": f"{device.mbit_per_s:g} Mbit/s, {device.latency_ms:g} ms",
-        "memory for": f"{device.blocks} blocks",
+        "memory": f"as for {device.blocks} blocks at the mean batch",
         "own rank": device.rank,
     }
 

@@ -46,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundPoint:
-    """One round. ``aggregation_error``: a module's largest, relative to the exact sum."""
+    """One round. ``aggregation_error``: of all modules together, relative to the exact sum."""
 
     __pydantic_config__ = _STRICT
 
