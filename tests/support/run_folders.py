@@ -32,7 +32,8 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     clock = FakeClock()
     (folder / "run.yaml").write_text(
-        f"run: {{id: my-run}}\nstrategy: hsplitlora\nmodel: {{name: org/tiny}}\nrounds: {{count: 3, steps: {steps}}}\n"
+        "run: {id: my-run}\nstrategy: hsplitlora\nmodel: {name: org/tiny}\n"
+        f"rounds: {{count: 3, steps: {steps}}}\n"
     )
     with (
         contextlib.closing(Journal(folder, clock)) as journal,
