@@ -119,7 +119,7 @@ def load(path: Path) -> Checkpoint:
         return _decode(path, contents)
     except OSError as error:
         raise StorageError(f"checkpoint {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise StorageError(f"checkpoint {path} cannot be read: {error}") from error
 
 
@@ -143,6 +143,8 @@ def _decode(path: Path, contents: Mapping[str, bytes]) -> Checkpoint:
             f"checkpoint {path} is of format {state['format']}, this hsplit reads {FORMAT}; "
             "resume it with the version that wrote it"
         )
+    if not isinstance(state["state"], dict):
+        raise StorageError(f"checkpoint {path}: its state is no object")
     return Checkpoint(
         round=state["round"],
         step=state["step"],

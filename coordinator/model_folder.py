@@ -134,7 +134,7 @@ def _json_object(folder: ModelFolder, name: str) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{folder.path / name} is not JSON: {error}; fetch it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{folder.path / name} is not a JSON object; fetch it again")

@@ -179,7 +179,7 @@ def _identity(files: Iterable[Path]) -> str:
 def _recall(memory: Path) -> tuple[Piece, ...] | None:
     try:
         return tuple(Piece(**piece) for piece in json.loads(memory.read_bytes()))
-    except (OSError, ValueError, TypeError):  # not there, or damaged: hash again
+    except (OSError, ValueError, TypeError, RecursionError):  # not there, or damaged: hash again
         return None
 
 

@@ -22,6 +22,7 @@ from coordinator.planning.planner import FleetPlan
 from coordinator.scores import Scores, scores_of
 from shared.class_counts import total
 from shared.clock import Clock
+from shared.errors import StorageError
 from shared.protocol.messages import DeviceId, EvaluationResult, RoundResult
 from shared.protocol.profile import Telemetry
 from shared.transport.link import MessageLink
@@ -62,10 +63,17 @@ class Tallies:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Tallies:
-        """Return the tallies that `Reporter.state` put into a checkpoint."""
+        """Return the tallies that `Reporter.state` put into a checkpoint.
+
+        Raises:
+            StorageError: they are damaged.
+        """
         # A checkpoint may be older than a field that has a default.
         known = {one.name: state[one.name] for one in fields(cls) if one.name in state}
-        plans = {device: DeviceSummary(**plan) for device, plan in state["plans"].items()}
+        try:
+            plans = {device: DeviceSummary(**plan) for device, plan in state["plans"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StorageError(f"the checkpoint's tallies are damaged: {error!r}") from error
         return cls(**{**known, "plans": plans})
 
 

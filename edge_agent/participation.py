@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -100,8 +99,9 @@ class Participation:
         self._lora = welcome.lora
         self._optimizer = welcome.optimizer
         self._pieces = {piece.name: piece for piece in welcome.model.pieces}
-        config = json.loads(welcome.model.config_json)
-        self._architecture = ModelArchitecture.from_config(config, welcome.training)
+        self._architecture = ModelArchitecture.from_json(
+            welcome.model.config_json, welcome.training
+        )
         self._head_is_here = welcome.training.labels == "device"
         self._measure_at = welcome.measure_at
         self._measurements: Measurements | None = None

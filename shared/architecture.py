@@ -73,6 +73,21 @@ class ModelArchitecture:
             first_position=first_position,
         )
 
+    @classmethod
+    def from_json(cls, text: str, training: TrainingChoices | None = None) -> ModelArchitecture:
+        """Return the architecture that the text of a ``config.json`` describes; see `from_config`.
+
+        Raises:
+            ModelError: it is no JSON object either.
+        """
+        try:
+            config = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"config.json is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise ModelError("config.json is not a JSON object")
+        return cls.from_config(config, training)
+
     @property
     def classifies(self) -> bool:
         """Whether the model ends in a classifier, not in words."""

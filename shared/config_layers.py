@@ -18,6 +18,9 @@ PREFIX = "HSPLIT_"
 NOT_SETTINGS = frozenset({"HSPLIT_REQUIRE_BROKER"})
 """Variables with our prefix that speak to the test suite, which starts real programs."""
 
+_NOT_YAML = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""What PyYAML raises: also for a day that does not exist, `!!int ''`, or very deep nesting."""
+
 Values: TypeAlias = dict[str, Any]
 
 
@@ -126,7 +129,7 @@ def from_file(path: Path) -> Layer:
         values = loader.construct_document(node) if node is not None else {}
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"settings file {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"settings file {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"settings file {path} should hold 'key: value' lines")

@@ -33,6 +33,10 @@ class Health:
     progress_wall_s: float
 
 
+_MOST_S = 1e12
+_MOST_PROCESSES = 2**31
+
+
 class HealthFile:
     """Writes one program's health. Belongs to the thread that makes the progress."""
 
@@ -97,10 +101,16 @@ def check(path: Path, *, max_age_s: float, clock: Clock) -> Health:
 
 def _read(path: Path) -> Health:
     try:
-        return Health(**json.loads(path.read_bytes()))
+        health = Health(**json.loads(path.read_bytes()))
+        numbers = (health.progress_monotonic_s, health.progress_wall_s)
+        if type(health.pid) is not int or not all(0 <= n < _MOST_S for n in numbers):
+            raise TypeError("pid and times are numbers")  # and no NaN, which is of no age
+        if not 0 < health.pid < _MOST_PROCESSES:
+            raise ValueError(f"{health.pid} is no process")
+        return health
     except OSError as error:
         raise UnhealthyError(f"{path} cannot be read, so nothing runs there: {error}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UnhealthyError(f"{path} is no health file: {error}") from error
 
 

@@ -68,7 +68,7 @@ def file_names(folder: Path, wanted: Callable[[str], bool]) -> tuple[str, ...]:
     try:
         file_of = json.loads(index.read_bytes())["weight_map"]
         return tuple(sorted({str(file) for name, file in file_of.items() if wanted(name)}))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"{index} is damaged ({error!r}); fetch the model again") from error
 
 
@@ -120,13 +120,20 @@ def header(tensors: Mapping[str, StoredTensor]) -> bytes:
 def _indexed(folder: Path, wanted: Callable[[str], bool]) -> tuple[Path, ...]:
     names = file_names(folder, wanted)
     # Only files of the folder itself: an index may not point at other places of the disk.
-    missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    missing = [name for name in names if Path(name).name != name or not _is_file(folder / name)]
     if missing:
         raise ModelError(
             f"{folder / INDEX} names {len(missing)} files that are not in the folder (such as "
             f"{min(missing)}); the model is incomplete, fetch it again"
         )
     return tuple(folder / name for name in names)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def _open_file(file: Path) -> dict[str, StoredTensor]:

@@ -126,7 +126,7 @@ def _config(path: Path, *, of_run: bool) -> Mapping[str, Any]:
             raise ModelError(f"{path}: no adapter, {name} is missing; {advice}")
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path / CONFIG} cannot be read: {error}; export it again") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelError(f"{path}: not a LoRA adapter; other kinds of PEFT are not evaluated")

@@ -20,6 +20,8 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "uint8": 1}
 MAX_DIMENSIONS = 4
+MAX_ITEMS = 2**40
+"""Also of a tensor of no items, its zeros left out: numpy multiplies the other dimensions, too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,8 +29,8 @@ class TensorFrame:
     """One tensor as it travels: ``data`` holds prod(shape) items of ``dtype``, C order.
 
     Raises:
-        CodecError: unknown dtype, a shape of more than 4 dimensions or with a negative one,
-            or a number of bytes that is not the shape's.
+        CodecError: unknown dtype, a shape of more than 4 dimensions, with a negative or a far
+            too long one, or a number of bytes that is not the shape's.
     """
 
     dtype: str
@@ -40,7 +42,8 @@ class TensorFrame:
         item = ITEM_BYTES.get(self.dtype)
         if item is None:
             raise CodecError(f"tensor of unknown dtype {self.dtype!r}")
-        if len(self.shape) > MAX_DIMENSIONS or any(n < 0 for n in self.shape):
+        impossible = len(self.shape) > MAX_DIMENSIONS or any(n < 0 for n in self.shape)
+        if impossible or math.prod(n or 1 for n in self.shape) > MAX_ITEMS:
             raise CodecError(f"tensor of impossible shape {self.shape}")
         if memoryview(self.data).nbytes != math.prod(self.shape) * item:
             raise CodecError(
