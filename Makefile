@@ -141,6 +141,12 @@ bench-glue: glue-data install ## MRPC and RTE on a pretrained encoder: DATA=fold
 		--constraint constraints.txt --editable '.[coordinator,encoder]'
 	$(BIN)/python -m tests.testbed.bench_glue --data "$(DATA)" $(BENCH_ARGS)
 
+.PHONY: fuzz
+fuzz: install ## Hostile payloads for every decoder: 100,000 each, then coverage-guided (an hour)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary atheris \
+		--constraint constraints.txt --editable '.[fuzz]' || true
+	$(BIN)/python -m tests.testbed.fuzz.campaign $(BENCH_ARGS)
+
 .PHONY: clean
 clean: ## Remove environments, caches and builds; runs/ stays
 	rm -rf .venv .venv310 build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
