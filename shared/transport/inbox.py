@@ -35,7 +35,10 @@ class Inbox(Generic[Notice]):
         self._bytes = 0
         self._deliveries = 0
         self._dropped = 0
-        self._changed = threading.Condition()
+        # Entered as itself and not as the condition: that is entered in Python code, in which a
+        # signal may raise once the lock is held, and nobody would ever let go of it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     @property
     def dropped(self) -> int:
@@ -44,14 +47,14 @@ class Inbox(Generic[Notice]):
 
     def push(self, notice: Notice) -> None:
         """Add a notice about the link."""
-        with self._changed:
+        with self._lock:
             self._items.append(notice)
             self._changed.notify()
 
     def offer(self, delivery: Delivery) -> bool:
         """Add a delivery and return True, or drop it and return False where the queue is full."""
         size = len(delivery.payload)
-        with self._changed:
+        with self._lock:
             if self._bytes + size > self._max_bytes or self._deliveries >= self._max_deliveries:
                 self._dropped += 1
                 dropped, waiting, held = self._dropped, self._deliveries, self._bytes
@@ -75,7 +78,7 @@ class Inbox(Generic[Notice]):
     def take(self, timeout_s: float) -> Delivery | Notice | None:
         """Return the oldest item, waiting up to ``timeout_s`` seconds for one; None if none."""
         deadline = time.monotonic() + timeout_s
-        with self._changed:
+        with self._lock:
             while not self._items:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0 or not self._changed.wait(remaining):

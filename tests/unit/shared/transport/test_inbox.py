@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 
 import pytest
@@ -56,3 +57,30 @@ def test_take_wakes_up_when_another_thread_delivers():
     writer.start()
     assert inbox.take(10) == Delivery("t", b"late")
     writer.join()
+
+
+class Stopped(BaseException):
+    """What a signal's handler raises, as those of SIGINT and SIGTERM do."""
+
+
+def test_a_signal_that_raises_while_it_waits_leaves_no_lock_behind():
+    inbox: Inbox[str] = Inbox()
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    try:
+        for _ in range(500):
+            with pytest.raises(Stopped):  # noqa: PT012 - it comes anywhere in here
+                signal.setitimer(signal.ITIMER_VIRTUAL, 2e-4)
+                while True:
+                    inbox.take(0.0)
+            thread = threading.Thread(target=inbox.push, args=("connected",), daemon=True)
+            thread.start()
+            thread.join(10.0)
+            assert not thread.is_alive(), "the network's thread waits for ever"
+            assert inbox.take(0.0) == "connected"
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
