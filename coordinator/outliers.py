@@ -162,5 +162,5 @@ class Screening:
             ]
             in_a_row = {DeviceId(device): int(n) for device, n in saved["in_a_row"].items()}
             self._in_a_row = Counter(in_a_row)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ArithmeticError, ValueError, AttributeError) as error:
             raise StorageError(f"the checkpoint's verdicts are damaged: {error!r}") from error

@@ -121,6 +121,7 @@ def test_a_restart_changes_no_verdict():
 
 def test_a_checkpoint_from_before_this_existed_is_taken_and_a_damaged_one_is_not():
     Screening(10.0).resume({})
-    for damaged in ([], {"accepted": 3}, {"accepted": [], "in_a_row": {"a": "x"}}):
+    rows = ({"a": "x"}, {"a": float("inf")}, [])
+    for damaged in ([], {"accepted": 3}, *({"accepted": [], "in_a_row": row} for row in rows)):
         with pytest.raises(StorageError, match="verdicts"):
             Screening(10.0).resume({"outliers": damaged})
