@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from coordinator import json_lines
 from shared.atomic import replace_file
 from shared.clock import Clock
+from shared.program import uninterrupted
 from shared.protocol.messages import DeviceId
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ class MetricsWriter:
         head = json_lines.head(self._clock, round_=round_, step=step)
         json_lines.append(self._file, head | dict(values))
         if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+            with uninterrupted():  # they go to a thread of TensorBoard's, through a queue
+                for name, value in values.items():
+                    self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Close the files. May be called twice."""

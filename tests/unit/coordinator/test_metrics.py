@@ -1,11 +1,13 @@
 import contextlib
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from coordinator.metrics import DeviceSummary, MetricsWriter, Summary
 from shared.errors import StorageError
+from shared.program import INTERRUPTED, exit_code
 from tests.support.fake_clock import FakeClock
 from tests.support.metrics import read_metrics
 
@@ -122,3 +124,22 @@ def test_the_summary_says_what_the_run_did(tmp_path):
             }
         },
     }
+
+
+def test_ctrl_c_waits_until_tensorboard_has_taken_what_it_is_given(tmp_path, monkeypatch):
+    writer = MetricsWriter(tmp_path, FakeClock(), tensorboard=True)
+    taken = []
+
+    def interrupted(name: str, *_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        taken.append(name)
+
+    monkeypatch.setattr(writer._events, "add_scalar", interrupted)
+
+    def work() -> int:
+        writer.write({"a": 1.0, "b": 2.0}, round_=1, step=1)
+        return 0
+
+    assert exit_code(work) == INTERRUPTED
+    assert taken == ["a", "b"]
+    writer.close()

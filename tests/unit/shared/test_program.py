@@ -14,7 +14,7 @@ import pytest
 
 from shared import errors
 from shared.errors import HsplitError, PlanError
-from shared.program import INTERRUPTED, TERMINATED, exit_code
+from shared.program import INTERRUPTED, TERMINATED, exit_code, uninterrupted
 
 
 def every_error() -> list[type[HsplitError]]:
@@ -131,3 +131,34 @@ def test_an_error_before_logging_is_set_up_is_still_seen():
         text=True,
     )
     assert (done.returncode, done.stderr) == (5, "hsplit: needs 5 MiB, has 3\n")
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_inside_an_uninterrupted_block_stops_the_program_at_its_end(how, code):
+    done = []
+
+    def work() -> int:
+        with uninterrupted():
+            with uninterrupted():
+                os.kill(os.getpid(), how)
+                done.append("inside")
+            done.append("still inside")
+        done.append("after")
+        return 0
+
+    assert exit_code(work) == code
+    assert done == ["inside", "still inside"]
+    assert exit_code(lambda: 7) == 7, "nothing is left over"
+
+
+def test_a_program_that_ignores_ctrl_c_goes_on_ignoring_it():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+
+        def work() -> int:
+            os.kill(os.getpid(), signal.SIGINT)
+            return 3
+
+        assert exit_code(work) == 3
+    finally:
+        signal.signal(signal.SIGINT, before)
