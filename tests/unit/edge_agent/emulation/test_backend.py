@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
 import time
@@ -14,7 +15,7 @@ from edge_agent.backends.torch_backend import TorchBackend
 from edge_agent.emulation import Emulation, emulated
 from edge_agent.emulation.backend import EmulatedBackend, check_memory, rest_s
 from shared.errors import MemoryFullError
-from shared.memory_use import resident_bytes
+from shared.memory_use import resident_bytes, trim
 from shared.protocol.messages import DeviceId
 from shared.protocol.tensors import pack, unpack
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
@@ -126,6 +127,8 @@ def test_waiting_for_a_core_is_no_computing(tmp_path):
 
 
 def test_a_part_that_exceeds_the_memory_is_refused_with_both_numbers(tmp_path):
+    gc.collect()
+    trim()  # or what the tests before have left to be given back would be room
     limit = resident_bytes() // MIB - 50
     small = EmulatedBackend(TorchBackend("cpu"), Emulation(memory_bytes=limit * MIB))
     with pytest.raises(MemoryFullError, match="this emulated device is out of memory") as caught:
