@@ -124,7 +124,7 @@ bench-replan: install mosquitto ## How soon the plan follows a device that becom
 	$(BIN)/python -m tests.testbed.bench_replan $(BENCH_ARGS)
 
 .PHONY: compare compare-full
-compare: install ## Every strategy and ablation side by side, with a page (under 10 min)
+compare: install ## Every strategy and ablation side by side, with a page
 	$(BIN)/python -m tests.testbed.comparison.compare $(BENCH_ARGS)
 compare-full: install ## The same for longer, learning rates tuned for each (a night)
 	$(BIN)/python -m tests.testbed.comparison.compare --name compare-full --rounds 10 --steps 30 \

@@ -1,6 +1,6 @@
 """Strategies, ablations and centralised LoRA, side by side: the same base, data, steps and seeds.
 
-make compare                                   under 10 minutes on 2 cores
+make compare                                   few steps, one learning rate
 make compare-full                              more steps, rates tuned for each method
 python -m tests.testbed.comparison.compare --methods hsplitlora splitlora --seeds 0 --alpha 0.3
 """

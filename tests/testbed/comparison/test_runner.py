@@ -118,7 +118,10 @@ def test_all_methods_have_as_many_adapter_parameters():
 def test_every_method_is_one_that_a_run_takes(name):
     settings = runner._settings(JOB, METHODS[name])
     taken = {"model": {"name": "m"}, **settings}
-    strategies.applied(CoordinatorSettings(**taken), block_count=6)
+    applied = strategies.applied(CoordinatorSettings(**taken), block_count=6)
+    row = strategies.STRATEGIES[applied.strategy]
+    assert applied.aggregation.hand_back in row.hand_backs
+    assert (applied.plan.split_layer == 6) == (row.cut == "none")
 
 
 def test_with_several_learning_rates_each_method_has_its_best():
