@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from edge_agent.emulation import EmulatedLink, over_link
@@ -37,7 +37,7 @@ ENOUGH_S = 0.15
 PACKETS = 5
 """Packets of the last size, of which the median counts."""
 BUDGET_S = 2.0
-"""For each direction, but for the packet on its way when it is spent."""
+"""For each direction, but for two packets at least."""
 PACKET_TIMEOUT_S = 5.0
 FASTEST_BYTES_PER_S = 1e9
 LEAST_S = 1e-6
@@ -116,50 +116,43 @@ def _climb(take: Callable[[int], float], before: _Way, *, largest: int, clock: C
     """Time ever larger packets until they take long enough, then several of the last size.
 
     ``take`` sends a packet and returns its seconds; ``before`` is the way that it goes first.
+    A busy machine makes a packet late, never early: what took long is asked for again before it
+    is believed, and small packets that were later than a large one are measured anew. Seconds
+    are charged to the budget as the median says, so that one held-up packet does not end it.
     """
     small_s = _small(take, clock)
-    deadline_s = clock.monotonic_s() + BUDGET_S
+    left_s = BUDGET_S
     by_size: dict[int, float] = {}
     size = min(FIRST_BYTES, largest)
 
-    def note(whole_s: float) -> float:
+    def is_last(taken: Sequence[float]) -> bool:
+        whole_s = statistics.median_low(taken)
         beyond = size - SMALL_BYTES
-        wire_s = max(whole_s - small_s - before.seconds(beyond), beyond / FASTEST_BYTES_PER_S)
-        by_size[beyond] = wire_s
-        return wire_s
+        wire_s = whole_s - small_s - before.seconds(beyond)
+        by_size[beyond] = max(wire_s, beyond / FASTEST_BYTES_PER_S)
+        bigger_s = small_s + (whole_s - small_s) * min(GROWTH, largest / size)
+        return wire_s >= ENOUGH_S or size == largest or bigger_s > left_s - whole_s * len(taken)
 
     while True:
-        whole_s = take(size)
-        wire_s = note(whole_s)
-        bigger = min(size * GROWTH, largest)
-        expected_s = small_s + (whole_s - small_s) * bigger / size
-        out_of_time = clock.monotonic_s() + expected_s > deadline_s
-        if wire_s >= ENOUGH_S or bigger == size or out_of_time:
-            break
-        size = bigger
-    more = _repeated(lambda: take(size), PACKETS - 1, clock=clock, deadline_s=deadline_s - whole_s)
-    note(statistics.median([whole_s, *more]))
-    return _Way(small_s, by_size)
-
-
-def _repeated(
-    take: Callable[[], float], count: int, *, clock: Clock, deadline_s: float
-) -> list[float]:
-    """Return up to ``count`` timings: none is begun after ``deadline_s``."""
-    taken: list[float] = []
-    while len(taken) < count and clock.monotonic_s() < deadline_s:
-        taken.append(take())
-    return taken
+        taken = [take(size)]
+        if taken[0] < small_s:
+            small_s = _small(take, clock)
+        if is_last(taken):
+            affordable = int(left_s / taken[0]) if taken[0] else PACKETS
+            taken += [take(size) for _ in range(1, max(2, min(PACKETS, affordable)))]
+            if is_last(taken):
+                return _Way(small_s, by_size)
+        left_s -= statistics.median_low(taken) * len(taken)
+        size = min(size * GROWTH, largest)
 
 
 def _small(take: Callable[[int], float], clock: Clock) -> float:
     """Return the median seconds of small packets; at least one is sent."""
     deadline_s = clock.monotonic_s() + SMALL_BUDGET_S
-    first_s = take(SMALL_BYTES)
-    more = _repeated(
-        lambda: take(SMALL_BYTES), SMALL_PACKETS - 1, clock=clock, deadline_s=deadline_s
-    )
-    return statistics.median([first_s, *more])
+    taken = [take(SMALL_BYTES)]
+    while len(taken) < SMALL_PACKETS and clock.monotonic_s() < deadline_s:
+        taken.append(take(SMALL_BYTES))
+    return statistics.median_low(taken)
 
 
 class _Probe:

@@ -26,7 +26,8 @@ class ExactLink:
     """A `Transport` to a broker that stores and forwards, under a clock that it moves itself.
 
     ``up`` and ``down`` in bytes per second, None for no time at all. An acknowledgement comes
-    behind the echo that the same packet causes, as in a queue that both share.
+    behind the echo that the same packet causes, as in a queue that both share. ``held_up``: the
+    packet before which the machine stands still, and for how many seconds.
     """
 
     clock: FakeClock
@@ -36,6 +37,7 @@ class ExactLink:
     max_payload_bytes: int = 999_488
     lose_echoes: bool = False
     cut_at_packet: int | None = None
+    held_up: tuple[int, float] | None = None
     foreign: bytes | None = None
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -58,6 +60,8 @@ class ExactLink:
             self._events.append((self.clock.monotonic_s(), LinkDown("the cable")))
             return
         self.bytes_sent += size
+        if self.held_up is not None and self.held_up[0] == len(self.sizes):
+            self.clock.advance(self.held_up[1])
         up_s = 0.0 if self.up is None else size / self.up
         down_s = 0.0 if self.down is None else size / self.down
         stored_s = self.clock.monotonic_s() + self.latency_s + up_s
@@ -114,6 +118,17 @@ def test_the_rates_and_the_round_trip_are_the_links_own(up, down, latency_s):
     assert found.downlink_bytes_per_s == pytest.approx(down, rel=0.02)
     small_s = link_probe.SMALL_BYTES * (1 / up + 1 / down)
     assert found.round_trip_s == pytest.approx(2 * latency_s + small_s)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.0, 4.0])
+@pytest.mark.parametrize("packet", range(1, 15))
+def test_one_packet_that_a_busy_machine_held_up_changes_no_figure(packet, seconds):
+    links = Links(up=2e6, down=8e6, latency_s=0.01, held_up=(packet, seconds))
+    found = links.measure()
+    assert any(packet <= len(link.sizes) for link in links.made), "it was held up"
+    assert found.uplink_bytes_per_s == pytest.approx(2e6, rel=0.02)
+    assert found.downlink_bytes_per_s == pytest.approx(8e6, rel=0.02)
+    assert found.round_trip_s == pytest.approx(0.02, rel=0.01)
 
 
 def test_a_link_too_quick_to_time_has_the_greatest_rate_that_is_told():
