@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands.add_parser("report", help="write a run's curves and plans as one page"))
     _add_enroll(commands.add_parser("enroll", help="make a device's password and certificate"))
     _add_shard(commands.add_parser("shard", help="split a data set over devices, reproducibly"))
+    _add_status(commands.add_parser("status", help="who took part in a run, and what counted"))
     _add_health(commands.add_parser("health", help="exit 0 if the run makes progress, else 20"))
     return parser
 
@@ -162,6 +163,12 @@ def _proportions(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 5,3,1") from None
 
 
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="such as runs/my-run")
+    parser.add_argument("--json", action="store_true", help="print it for programs")
+    parser.set_defaults(command=_status)
+
+
 def _add_health(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-folder", type=Path, required=True)
     parser.add_argument("--max-age-s", type=float, default=120.0)
@@ -266,6 +273,14 @@ def _enroll(arguments: argparse.Namespace) -> None:
         renew=arguments.renew,
     )
     print(instructions.lines(folder.enroll(wanted, SystemClock())))
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from coordinator.state import status  # noqa: PLC0415 - as in `_report`
+
+    logs.set_up("warning")
+    found = status.read(arguments.run_folder, SystemClock())
+    print(json.dumps(found, indent=2) if arguments.json else status.as_table(found))
 
 
 def _health(arguments: argparse.Namespace) -> None:

@@ -64,6 +64,7 @@ COORDINATOR = {
         *("data", "--to", "--devices", "--by", "--column", "--alpha", "--sizes", "--seed"),
         "--min-records",
     },
+    "status": {"run_folder", "--json"},
     "health": {"--run-folder", "--max-age-s"},
 }
 
