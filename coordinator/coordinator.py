@@ -11,23 +11,26 @@ from collections.abc import Callable, Sequence
 
 from coordinator import answers
 from coordinator.assigning import Assigner
+from coordinator.attention import AttendedClock, Watch
 from coordinator.checkpoints import Checkpoint
 from coordinator.exchange import Failed
 from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
+from coordinator.lateness import LATE_BEFORE_LIGHTER, Lateness
 from coordinator.membership import Membership, StaleRequestError, refusal_code
 from coordinator.model_store import ModelStore
-from coordinator.outliers import Screening
+from coordinator.outliers import OutlierError, Screening
 from coordinator.presence import Presence
 from coordinator.quorum import Quorum, Verdict
 from coordinator.registry import Member, Stage
 from coordinator.reporting import Reporter
 from coordinator.round_driver import RoundDriver
 from coordinator.round_opening import RoundOpener
+from coordinator.run_listener import RunListener
 from coordinator.settings import CoordinatorSettings
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
-from shared.errors import HsplitError, NumericsError, QuorumError
+from shared.errors import HsplitError, NumericsError, QuorumError, StorageError
 from shared.protocol.messages import (
     Activations,
     Call,
@@ -50,7 +53,6 @@ from shared.transport.link import LinkEvent, MessageLink, Received, StatusSeen, 
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 1.0
 EVENTS_A_TURN = 1000
 MOST_VOID_ROUNDS = 3
 RUN_COMPLETE = "the run is complete"
@@ -71,39 +73,44 @@ class Coordinator:
         fleet: Fleet,
         reporter: Reporter,
         screening: Screening,
+        lateness: Lateness,
         save_checkpoint: Callable[[Checkpoint], None],
         next_round: int = 1,
         presence: Presence | None = None,
+        listener: RunListener | None = None,
     ) -> None:
         """Take a started link and the state to go on from; ``presence``: None if unannounced."""
         self._settings = settings
         self._link = link
-        self._clock = clock
+        self._clock = attended = AttendedClock(clock)
         self._store = store
         self._model = model
         self._fleet = fleet
         self._reporter = reporter
         self._screening = screening
+        self._lateness = lateness
         self._save_checkpoint = save_checkpoint
         self._next_round = next_round
         self._presence = presence
         self._void_rounds = 0
         self._driver: RoundDriver | None = None
-        self._link_is_up = True
-        self._quorum = Quorum(settings.devices, clock.monotonic_s())
-        self._next_tick_s = clock.monotonic_s()
+        self._watch = Watch(attended)
+        self._quorum = Quorum(settings.devices, attended.monotonic_s())
         self.finished = False
         self.members = Membership(
             link,
-            clock,
+            attended,
             run_id=settings.run_id,
             model=store.describe(),
             terms=(settings.training_terms, settings.lora, settings.optimizer),
             measure_at=fleet.measure_at,
             lost_after_s=settings.devices.lost_after_s,
             on_lost=self._lost,
+            listener=listener,
         )
-        self._assigner = Assigner(settings.devices, members=self.members, fleet=fleet, clock=clock)
+        self._assigner = Assigner(
+            settings.devices, members=self.members, fleet=fleet, clock=attended
+        )
         self._opener = RoundOpener(
             settings,
             architecture,
@@ -124,9 +131,9 @@ class Coordinator:
         return f"round {self._driver.round.number}, step {self._driver.round.step}"
 
     @property
-    def next_due_s(self) -> float:
-        """When `turn` has something to do though nothing arrives."""
-        return self._next_tick_s
+    def idle_s(self) -> float:
+        """How long until `turn` has something to do though nothing arrives, in seconds."""
+        return self._watch.idle_s
 
     def turn(self, timeout_s: float) -> bool:
         """Take what arrived, waiting up to ``timeout_s`` where there is no work; do one job.
@@ -137,6 +144,7 @@ class Coordinator:
             QuorumError: too few devices for too long.
             StorageError: a checkpoint cannot be written.
         """
+        self._clock.look()
         did = self._work()
         event = self._link.receive(0.0 if did else timeout_s)
         handled = 0
@@ -147,11 +155,10 @@ class Coordinator:
             if handled == EVENTS_A_TURN:
                 return did  # nobody may be declared silent before all that came was heard
             event = self._link.receive(0.0)
-        if self._clock.monotonic_s() >= self._next_tick_s:
-            self._next_tick_s = self._clock.monotonic_s() + TICK_S
-            if self._link_is_up:
-                self.members.tick()
-                self._drop_the_silent()
+        passed_s = self._watch.passed_s()
+        if passed_s is not None:
+            self.members.tick()
+            self._leave_out_the_late(passed_s)
         self._close_round_if_over()
         if not self.finished:
             self._assigner.assign_if_due()
@@ -162,6 +169,7 @@ class Coordinator:
     # --- what arrives -------------------------------------------------------------------------
 
     def _handle(self, event: LinkEvent) -> None:
+        self._watch.arrived()
         if isinstance(event, Received):
             self._handle_message(event.address.device, event.message)
         elif isinstance(event, StatusSeen):
@@ -170,9 +178,9 @@ class Coordinator:
             self.members.handle_unreadable(event)
         elif isinstance(event, LinkDown):
             logger.warning("link to the broker lost (%s), reconnecting", event.reason)
-            self._link_is_up = False
+            self._watch.link_is_up = False
         elif isinstance(event, LinkUp):
-            self._link_is_up = True
+            self._watch.link_is_up = True
             self._quorum.reset(self._clock.monotonic_s())
             self.members.registry.excuse(self._clock.monotonic_s())
 
@@ -192,6 +200,8 @@ class Coordinator:
         try:
             if member.book.admit(message.call):
                 self._carry_out(member, message)
+        except StorageError:
+            raise  # our own disk is the trouble, and no fault of this device
         except HsplitError as error:
             self._refuse(member, message.call, error, what=message.type)
 
@@ -200,8 +210,10 @@ class Coordinator:
         level = logging.INFO if code == "stale" else logging.WARNING
         logger.log(level, "%s: %s refused: %s", member.device_id, what, error)
         self.members.answer(member, Refusal(call=call, code=code, reason=str(error)[:4000]))
-        if code in ("stale", "outlier"):
-            self._set_back(member)
+        if isinstance(error, NumericsError) and not isinstance(error, OutlierError):
+            self._screening.offended(member.device_id)
+        if code in ("stale", "outlier", "bad_numbers"):
+            self._set_back(member)  # what it sends else of this round would be in vain
         elif code == "left_out":
             self.members.lose(member, "its updates were refused too often")
 
@@ -224,11 +236,7 @@ class Coordinator:
             self._deliver(self._driver, member, request)
 
     def _deliver(self, driver: RoundDriver, member: Member, result: RoundResult) -> None:
-        try:
-            driver.delivered(member, result)
-        except NumericsError:
-            self._screening.offended(member.device_id)
-            raise
+        driver.delivered(member, result)
         member.waiting = result.call
         member.stage = Stage.PREPARED
 
@@ -248,7 +256,7 @@ class Coordinator:
             self._assigner.ready(member, request)
 
     def _start_round_if_due(self) -> None:
-        if not self._link_is_up:
+        if not self._watch.link_is_up:
             return
         if self._assigner.is_changing:
             self._quorum.reset(self._clock.monotonic_s())
@@ -257,14 +265,16 @@ class Coordinator:
         on_their_way = [m.asked_s for m in self.members.registry if m.stage is Stage.PREPARING]
         # The evaluation after the last round takes whoever is there.
         least = 1 if self._is_trained else self._settings.devices.min
+        in_time = [
+            m for m in prepared if not self._lateness.sits_out(m.device_id, self._next_round)
+        ]
+        ready = prepared if len(in_time) < least else in_time
         now = self._clock.monotonic_s()
-        verdict = self._quorum.judge(
-            len(prepared), on_their_way=on_their_way, least=least, now_s=now
-        )
+        verdict = self._quorum.judge(len(ready), on_their_way=on_their_way, least=least, now_s=now)
         if verdict is Verdict.START:
-            self._start_round(prepared)
+            self._start_round(ready)
         elif verdict is Verdict.GIVE_UP:
-            self._give_up(len(prepared), least)
+            self._give_up(len(ready), least)
 
     @property
     def _is_trained(self) -> bool:
@@ -305,6 +315,7 @@ class Coordinator:
             self._repeat_round(driver.round.number)
         else:
             self._void_rounds = 0
+            self._lateness.delivered(driver.outcome.delivered)
             self._screen(driver)
             driver.aggregate()
             self._next_round += 1
@@ -342,8 +353,10 @@ class Coordinator:
 
     def _save(self, *, round_: int) -> None:
         step = round_ * self._settings.rounds.steps
-        state = {**self._reporter.state(), **self._fleet.state(), **self._screening.state()}
+        parts = (self._reporter, self._fleet, self._screening, self._lateness)
+        state = {name: value for part in parts for name, value in part.state().items()}
         self._save_checkpoint(self._model.checkpoint(round_=round_, step=step, state=state))
+        self.members.listener.round_closed(round_)
 
     def _finish(self) -> None:
         self.finished = True
@@ -369,12 +382,16 @@ class Coordinator:
         member.fresh = True
         member.changing = False
 
-    def _drop_the_silent(self) -> None:
-        """Go on without those that the round waits for and that asked nothing for too long."""
-        limit = self._settings.devices.step_timeout_s
-        now = self._clock.monotonic_s()
-        for member in self.members.registry:
-            awaited = self._driver is not None and self._driver.is_awaited(member)
-            if awaited and not self.members.is_our_turn(member) and now - member.asked_s > limit:
-                logger.warning("%s asked nothing for %.0f s, left out", member.device_id, limit)
+    def _leave_out_the_late(self, passed_s: float) -> None:
+        driver = self._driver
+        if driver is None:
+            return
+        for late in driver.tick(passed_s, active=self.members.active(passed_s)):
+            times = self._lateness.late(late.device, driver.round.number)
+            reason = f"left out after {late.waited_s:.0f} s ({times} times in a row)"
+            logger.warning("%s is late: %s", late.device, reason)
+            member = self.members.registry.get(late.device)
+            if member is not None and times == LATE_BEFORE_LIGHTER:
+                self._fleet.lighten(member)
+            if member is not None:
                 self._set_back(member)

@@ -143,13 +143,24 @@ class Exchange:
             raise ProtocolError(f"gradients of a micro-batch that is not open: {job.micro_batch}")
         self._queue.append((member, job))
 
-    def drop(self, member: Member) -> None:
-        """Forget everything of a member that is gone."""
-        self._queue = deque(entry for entry in self._queue if entry[0] is not member)
-        here = member.device_id
-        self._open = {k: v for k, v in self._open.items() if k[0].device != here}
-        self._announced = {k: v for k, v in self._announced.items() if k.device != here}
-        self._trainer.drop(member.device_id)
+    def drop(self, device: DeviceId) -> None:
+        """Forget everything of a device that is gone."""
+        self._queue = deque(entry for entry in self._queue if entry[0].device_id != device)
+        self._open = {k: v for k, v in self._open.items() if k[0].device != device}
+        self._announced = {k: v for k, v in self._announced.items() if k.device != device}
+        self._trainer.drop(device)
+
+    def served(self) -> frozenset[DeviceId]:
+        """Return who waits for the server: its request is due, or only others keep it from it.
+
+        One that itself keeps micro-batches open has something to do before it may complain.
+        """
+        holders = {place.device for place, _ in self._open}
+        return frozenset(
+            member.device_id
+            for member, job in self._queue
+            if self._is_due(job) or (self._is_of_open_step(job) and member.device_id not in holders)
+        )
 
     def run_one(self) -> Done | Failed | None:
         """Carry out the first job whose turn it is; None where there is none.
@@ -256,8 +267,11 @@ class Exchange:
     def _is_due(self, job: Job) -> bool:
         if isinstance(job, HiddenGradients) or job.purpose == "evaluate":
             return True
+        return self._is_of_open_step(job) and len(self._open) < self._limits.open_micro_batches
+
+    def _is_of_open_step(self, job: Job) -> bool:
         # A probe names the round's first step, which is open until the prober has trained too.
-        return job.step == self._round.step and len(self._open) < self._limits.open_micro_batches
+        return job.step == self._round.step
 
     def _carry_out(self, member: Member, job: Job) -> Done:
         if isinstance(job, HiddenGradients):

@@ -98,6 +98,7 @@ class Fleet:
         self._slowdowns: dict[DeviceId, float] = {}
         self._seen_slowdowns: dict[DeviceId, float] = {}
         self._planned_with: dict[DeviceId, float] = {}
+        self._most: dict[DeviceId, tuple[int, int]] = {}
         self._changed_round: int | None = None
         self._expected: Prediction | None = None
         self._anchors: dict[DeviceId, _Anchor] = {}
@@ -257,6 +258,18 @@ class Fleet:
             ", ".join(sorted(decision.plans)),
         )
 
+    def step_seconds(self) -> Mapping[DeviceId, float]:
+        """Return how long a step takes each device that measured itself, as slow as it is now."""
+        known = {} if self._expected is None else self._expected.devices
+        slower = {device: max(1.0, self._slowdowns.get(device, 1.0)) - 1.0 for device in known}
+        return {d: one.own_s + slower[d] * one.compute_s for d, one in known.items()}
+
+    def lighten(self, member: Member) -> None:
+        """Give a device half the blocks and half the batch at most, for the rest of the run."""
+        if member.plan is not None and self.is_planned(member.device_id):
+            blocks, batch = member.plan.split_layer // 2, member.plan.batch // 2
+            self._most[member.device_id] = (max(1, blocks), max(1, batch))
+
     def _assume(self) -> None:
         """Take the slowdowns that rounds showed, where they differ by more than noise."""
         for device, seen in self._seen_slowdowns.items():
@@ -265,13 +278,20 @@ class Fleet:
 
     def _device(self, member: Member, *, pinned: DevicePlan | None = None) -> FleetDevice:
         limits = [member.profile.memory_limit_bytes, _memory_now(member)]
+        terms = self._settings.device_terms(member.device_id)
+        blocks = member.most_blocks
+        if member.device_id in self._most:
+            most, batch = self._most[member.device_id]
+            blocks = min(most, blocks or most)
+            size = min(batch, terms.micro_batch)
+            terms = replace(terms, batch=batch, micro_batch=size, batch_is_stated=True)
         return FleetDevice(
             device_id=member.device_id,
-            terms=self._settings.device_terms(member.device_id),
+            terms=terms,
             measurements=member.measurements,
             data=member.data,
             declared_limit_bytes=min((n for n in limits if n is not None), default=None),
-            most_blocks=member.most_blocks,
+            most_blocks=blocks,
             slowdown=self._slowdowns.get(member.device_id, 1.0),
             pinned=pinned,
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from coordinator.outliers import LeftOutError, OutlierError
 from coordinator.registry import Admitted, Held, Known, Member, Registry, Stage
+from coordinator.run_listener import RunListener
 from shared.clock import Clock
 from shared.errors import HsplitError, NumericsError, PlanError, ProtocolError
 from shared.protocol.messages import (
@@ -77,6 +78,7 @@ class Membership:
         measure_at: Callable[[DeviceId], int | None],
         lost_after_s: float,
         on_lost: Callable[[Member], None],
+        listener: RunListener | None = None,
     ) -> None:
         """Start without members."""
         self._link = link
@@ -86,6 +88,8 @@ class Membership:
         self._training, self._lora, self._optimizer = terms
         self._measure_at = measure_at
         self._on_lost = on_lost
+        self.listener = listener or RunListener()
+        """Hears who comes, is refused and goes."""
         self.registry = Registry(lost_after_s=lost_after_s)
 
     # --- what arrives -------------------------------------------------------------------------
@@ -100,6 +104,13 @@ class Membership:
             return
         if state == "offline" and event.device is not None:
             self.registry.offline(event.device, instance, self._clock.monotonic_s())
+        elif (
+            state == "online"
+            and event.device is not None
+            and self.registry.online(event.device, instance)
+        ):
+            # What was under way went with the old connection, and would be waited for in vain.
+            self._link.forget(event.device)
 
     def handle_unreadable(self, event: Unreadable) -> None:
         """Tell the sender that its bytes were no message."""
@@ -140,13 +151,19 @@ class Membership:
             member.heard_s = member.asked_s = self._clock.monotonic_s()
         return member
 
-    def is_our_turn(self, member: Member) -> bool:
-        """Tell whether this member waits for us, or what it sends (or gets) is still on its way."""
-        device = member.device_id
-        return (
-            bool(member.book.pending)
-            or self._link.sending_to(device)
-            or self._link.receiving_from(device, within_s=REPEAT_AFTER_S)
+    def await_request(self, member: Member) -> None:
+        """Count from now on for how long this member asks nothing."""
+        member.asked_s = self._clock.monotonic_s()
+
+    def active(self, within_s: float) -> frozenset[DeviceId]:
+        """Return whose request came in the last ``within_s`` s, or whose link is busy."""
+        since_s = self._clock.monotonic_s() - within_s
+        return frozenset(
+            member.device_id
+            for member in self.registry
+            if member.asked_s >= since_s
+            or self._link.sending_to(member.device_id)
+            or self._link.receiving_from(member.device_id, within_s=REPEAT_AFTER_S)
         )
 
     # --- what goes out ------------------------------------------------------------------------
@@ -156,6 +173,8 @@ class Membership:
         assert answer.call is not None  # answers to calls only
         if not member.book.is_pending(answer.call):
             return
+        if isinstance(answer, Refusal):
+            self.listener.refused(member, answer.code, answer.reason)
         topic = self._topic(member.device_id, answer)
         member.book.answer(topic, answer, self._clock.monotonic_s())
         self._link.send(topic, answer)
@@ -175,6 +194,7 @@ class Membership:
         level = logging.INFO if member.stage is Stage.DONE else logging.WARNING
         logger.log(level, "%s is gone: %s", member.device_id, reason)
         self._link.forget(member.device_id)
+        self.listener.gone(member, reason)
         self._on_lost(member)
 
     def _topic(self, device: DeviceId, answer: Answer) -> Topic:
@@ -214,6 +234,7 @@ class Membership:
     def _welcome(self, member: Member, request: JoinRequest) -> None:
         self._link.admit(member.device_id)
         member.book.admit(request.call)
+        self.listener.joined(member)
         profile = request.profile
         logger.info(
             "%s joined with %d sequences: %.80s, %.80s, hsplit %s",
@@ -251,6 +272,7 @@ class Membership:
     def _refuse_challenger(self, device: DeviceId, request: JoinRequest) -> None:
         logger.warning("a second agent calls itself %s and is refused", device)
         reason = f"another agent is connected as {device!r}: give this one an id of its own"
+        self.listener.turned_away(device, request.call.session, reason)
         refusal = Refusal(call=request.call, code="device_id_in_use", reason=reason)
         self._link.send(device_topic(device, "commands"), refusal)
 

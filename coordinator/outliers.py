@@ -93,6 +93,7 @@ class Screening:
     def judge(self, sizes: Mapping[DeviceId, Mapping[str, float]]) -> Mapping[DeviceId, str]:
         """Take one round's sizes, by device and by what they are of; return who is refused, why."""
         if self._factor is None:
+            self._count(sizes, {})
             return {}
         kinds = sorted({kind for own in sizes.values() for kind in own})
         refused: dict[DeviceId, str] = {}

@@ -19,6 +19,7 @@ from coordinator.export import export_adapter, export_merged
 from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
 from coordinator.journal import Journal
+from coordinator.lateness import Lateness
 from coordinator.metrics import SUMMARY_FILE, DeviceSummary, MetricsWriter, Summary
 from coordinator.model_card import CardDevice, ModelCard
 from coordinator.model_store import ModelStore
@@ -28,6 +29,7 @@ from coordinator.presence import Presence
 from coordinator.reporting import Reporter, Tallies
 from coordinator.server_measuring import ServerWork, measure_server
 from coordinator.settings import CoordinatorSettings
+from coordinator.state.run_state import RunState
 from shared import health, logs
 from shared.architecture import ModelArchitecture
 from shared.classifier_weights import ClassifierTensors
@@ -64,6 +66,9 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
     with run_folder.locked(settings.run_folder), contextlib.ExitStack() as stack:
         start = _prepared(settings, resume=resume)
         settings, checkpoint = start.settings, start.checkpoint
+        resumed_round = None if checkpoint is None else checkpoint.round
+        folder = settings.run_folder
+        state = stack.enter_context(RunState(folder, clock, resumed_round=resumed_round))
         broker = stack.enter_context(_broker(settings))
         presence = Presence(settings.run_id, clock)
         link = _link(broker, presence, clock, stack)
@@ -84,12 +89,15 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
             fleet=fleet,
             reporter=reporter,
             screening=_screening(start),
+            lateness=_lateness(start),
             save_checkpoint=lambda saved: run_folder.save(settings, saved),
             next_round=1 if checkpoint is None else checkpoint.round + 1,
             presence=presence,
+            listener=state,
         )
         health_file = health.HealthFile(settings.run_folder / health.FILE_NAME, clock)
         stack.callback(health_file.close)
+        logger.info("ready for devices")
         _drive(coordinator, health_file, clock)
         summary = reporter.summary()
         model.trainer = None  # room for what the export loads
@@ -176,6 +184,13 @@ def _screening(start: _Start) -> Screening:
     if start.checkpoint is not None:
         screening.resume(start.checkpoint.state)
     return screening
+
+
+def _lateness(start: _Start) -> Lateness:
+    lateness = Lateness()
+    if start.checkpoint is not None:
+        lateness.resume(start.checkpoint.state)
+    return lateness
 
 
 def _with_resolved_model(settings: CoordinatorSettings, store: ModelStore) -> CoordinatorSettings:

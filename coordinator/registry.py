@@ -19,7 +19,7 @@ WILL_GRACE_S = 2.0
 """A broken link that is mended within this time costs the device nothing."""
 
 RECONNECT_S = 10.0
-"""The longest that an agent's connection waits before it tries again."""
+"""The longest that an agent takes to be connected again: a pause, and slow answers of a broker."""
 
 _INSTANCE_DIGITS = 8
 
@@ -152,10 +152,19 @@ class Registry:
             member.heard_s = min(member.heard_s, now_s - self._lost_after_s + WILL_GRACE_S)
 
     def excuse(self, now_s: float) -> None:
-        """Count no silence until now against anybody: we could have heard nobody."""
+        """Count no silence until now against anybody: we could have heard nobody, nor they us."""
         for member in self:
             member.asked_s = now_s
             member.heard_s = now_s + RECONNECT_S
+            member.book.doubt()
+
+    def online(self, device: DeviceId, instance: str) -> bool:
+        """Take a birth; tell whether it is a member's, whose connection was made anew."""
+        member = self._members.get(device)
+        if member is None or _instance(member.session) != instance:
+            return False
+        member.book.doubt()
+        return True
 
     def lost(self, now_s: float) -> list[Member]:
         """Return the members that were silent for too long; they are members no more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from coordinator import classifier, importance
@@ -23,8 +24,10 @@ from coordinator.rounds import (
     Evaluated,
     Event,
     Instruction,
+    LeaveOut,
     Lost,
     Round,
+    Tick,
 )
 from coordinator.wire_adapters import from_wire
 from shared.adapters import AdapterState
@@ -66,9 +69,10 @@ class RoundDriver:
         self.outcome: CloseRound | None = None
         self._handed = handed
         self._holders = handed.holders
-        self._alone = alone
+        self.alone = alone
         self._model = model
         self._members = members
+        self._listener = members.listener
         self._reporter = reporter
         self._optimizer = optimizer
         self._total_steps = total_steps
@@ -135,20 +139,22 @@ class RoundDriver:
         self._adapters[member.device_id] = adapters
         self._classifiers[member.device_id] = weights
         self._results[member.device_id] = result
+        self._listener.delivered(member.device_id)
 
     def lose(self, member: Member) -> None:
         """Go on without a participant (or somebody who is none)."""
         if self._exchange is not None and member.device_id not in self.round.delivered:
-            self._exchange.drop(member)
+            self._exchange.drop(member.device_id)
+        self._listener.dropped(member.device_id)
         self._advance(Lost(member.device_id))
 
-    def is_awaited(self, member: Member) -> bool:
-        """Tell whether the round cannot go on before this device asks for something.
+    def tick(self, seconds: float, *, active: frozenset[DeviceId]) -> Sequence[LeaveOut]:
+        """Let time pass; return whom the round no longer waits for.
 
-        One that trains alone asks nothing for a whole round; its heartbeat vouches for it.
+        ``active``: members that asked for something since the last time, or whose link is busy.
         """
-        device = member.device_id
-        return device in self.round.waiting_for and device not in self._alone
+        served = self._exchange.served() if self._exchange is not None else frozenset()
+        return self._advance(Tick(seconds, served=served, active=active))
 
     def work(self) -> Failed | bool:
         """Carry out one waiting micro-batch; False where there is none."""
@@ -163,6 +169,7 @@ class RoundDriver:
         self._members.answer(done.member, done.reply)
         if done.event is not None:
             self._reporter.micro_batch(done.event.device, done.loss_sum, done.event.target_tokens)
+            self._listener.micro_batch(done.event)
             self._advance(done.event)
         return True
 
@@ -174,17 +181,28 @@ class RoundDriver:
 
     # --- what the round says ------------------------------------------------------------------
 
-    def _advance(self, event: Event) -> None:
-        for instruction in self.round.handle(event):
+    def _advance(self, event: Event) -> Sequence[LeaveOut]:
+        instructions = self.round.handle(event)
+        for instruction in instructions:
             self._obey(instruction)
+        return [one for one in instructions if isinstance(one, LeaveOut)]
 
     def _obey(self, instruction: Instruction) -> None:
         if isinstance(instruction, CloseEvaluation):
             self._reporter.evaluation_closed(self.round.number, self.round.first_step)
         elif isinstance(instruction, CloseStep):
             self._close_step(instruction)
+        elif isinstance(instruction, LeaveOut):
+            if self._exchange is not None:
+                self._exchange.drop(instruction.device)
+            reason = f"waited {instruction.waited_s:.0f} s for it"
+            self._listener.left_out(instruction.device, reason)
         else:
             self.outcome = instruction
+            if self.round.end_step == self.round.first_step:
+                self._listener.round_closed(self.round.number)
+            elif not instruction.delivered:
+                self._listener.round_void("every device was lost")
 
     def _close_step(self, close: CloseStep) -> None:
         assert self._model.trainer is not None  # somebody exchanged
@@ -197,6 +215,7 @@ class RoundDriver:
             logger.warning("step %d: the server's adapter stays as it is: %s", close.step, error)
             norm = float("nan")
         self._server_busy_s += self._clock.monotonic_s() - began_s
+        self._listener.step_closed(close, applied=not math.isnan(norm))
         rate = learning_rate(self._optimizer, close.step, total_steps=self._total_steps)
         self._reporter.step_closed(
             self.round.number,
@@ -234,6 +253,7 @@ class RoundDriver:
         Its gradients are in the server's part; so are those of any device lost as late.
         """
         self.outcome = CloseRound(tuple(one for one in self.accepted if one != device))
+        self._listener.update_refused(device)
         for kept in (self._adapters, self._classifiers, self._results, self._importance):
             kept.pop(device, None)
 
@@ -241,11 +261,13 @@ class RoundDriver:
         """Bring what was delivered into the global update, and report it."""
         contributions = self._contributions()
         aggregated = self._model.finish_round(contributions)
+        tokens = {DeviceId(one.device): one.target_tokens for one in contributions}
+        self._listener.round_closing(self.accepted, tokens, error=aggregated.error)
         self._reporter.round_closed(
             self.round.number,
             self.round.end_step,
             aggregated=aggregated,
-            tokens={DeviceId(one.device): one.target_tokens for one in contributions},
+            tokens=tokens,
             results=self._results,
             telemetry={
                 member.device_id: member.telemetry
@@ -253,7 +275,7 @@ class RoundDriver:
                 if member.telemetry is not None
             },
             server_busy_s=self._server_busy_s,
-            alone=self._alone,
+            alone=self.alone,
         )
         return aggregated
 
@@ -282,5 +304,5 @@ class RoundDriver:
             )
             for device, tokens in sorted(self.round.target_tokens.items())
             # One that trained alone and was refused is in nothing.
-            if device in self.accepted or device not in self._alone
+            if device in self.accepted or device not in self.alone
         ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from coordinator import answers
 from coordinator.aggregation import SERVER
+from coordinator.deadlines import allowances
 from coordinator.exchange import ExchangeLimits
 from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
@@ -16,6 +17,7 @@ from coordinator.registry import Member, Stage
 from coordinator.reporting import Reporter
 from coordinator.round_driver import RoundDriver
 from coordinator.rounds import Round
+from coordinator.run_listener import Start
 from coordinator.settings import CoordinatorSettings
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
@@ -68,6 +70,13 @@ class RoundOpener:
                 steps=steps,
                 exchanging={member.device_id for member in members} - alone,
                 alone=alone,
+                allowances=allowances(
+                    members,
+                    step_s=self._fleet.step_seconds(),
+                    steps=steps,
+                    probe_sequences=probe,
+                    rules=self._settings.devices,
+                ),
             ),
             handed=handed,
             alone=alone,
@@ -94,8 +103,16 @@ class RoundOpener:
             server_ranks=handed.ranks_of(SERVER),
             fleet=self._fleet.latest,
         )
+        first = round_.first_step
+        start = Start(
+            members=members,
+            alone=opened.driver.alone,
+            positions={one.device_id: self._fleet.position(one, first) for one in members},
+            server_ranks=handed.ranks_of(SERVER),
+        )
+        self._members.listener.round_opened(round_, start)
         for member in members:
-            self._hand_back(member, opened)
+            self._hand_back(member, opened, first_sequence=start.positions[member.device_id])
 
     def _alone(self, members: Sequence[Member]) -> frozenset[DeviceId]:
         """Return who needs no server: those that hold all blocks, and the head."""
@@ -104,7 +121,7 @@ class RoundOpener:
         plans = ((member.device_id, member.plan) for member in members)
         return frozenset(d for d, plan in plans if head and plan and plan.split_layer == whole)
 
-    def _hand_back(self, member: Member, opened: Opened) -> None:
+    def _hand_back(self, member: Member, opened: Opened, *, first_sequence: int) -> None:
         assert member.waiting is not None  # it is prepared
         round_ = opened.driver.round
         steps = round_.end_step - round_.first_step
@@ -115,11 +132,11 @@ class RoundOpener:
             classifier=self._model.classifier_for(member.device_id),
             first_step=round_.first_step,
             steps=steps,
-            first_sequence=self._fleet.position(member, round_.first_step),
+            first_sequence=first_sequence,
             probe_sequences=opened.probe,
         )
         member.waiting = None
         member.stage = Stage.IN_ROUND if steps else Stage.DONE
         member.fresh = False
-        member.asked_s = self._clock.monotonic_s()
+        self._members.await_request(member)
         self._members.answer(member, start)

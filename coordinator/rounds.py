@@ -2,7 +2,8 @@
 
 A round is: every participant evaluates; then steps, each closed when every participant that
 exchanges has handed in all its micro-batches; then results. A lost participant is waited for
-no more; what it did in closed steps stays.
+no more; what it did in closed steps stays. One that is waited for longer than its `Allowance` is
+left out: as if it were lost, but the round says so itself.
 """
 
 from __future__ import annotations
@@ -51,7 +52,20 @@ class Lost:
     device: DeviceId
 
 
-Event: TypeAlias = Evaluated | MicroBatchDone | Delivered | Lost
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """So many seconds went by, in which the round could have heard of everybody.
+
+    ``served``: whose requests the server had yet to carry out; that is not their time. ``active``:
+    who asked for something, or sent or got bytes.
+    """
+
+    seconds: float
+    served: frozenset[DeviceId] = frozenset()
+    active: frozenset[DeviceId] = frozenset()
+
+
+Event: TypeAlias = Evaluated | MicroBatchDone | Delivered | Lost | Tick
 
 # --- instructions ---------------------------------------------------------------------------
 
@@ -79,14 +93,42 @@ class CloseRound:
     delivered: tuple[DeviceId, ...]
 
 
-Instruction: TypeAlias = CloseEvaluation | CloseStep | CloseRound
+@dataclass(frozen=True, slots=True)
+class LeaveOut:
+    """Forget what this device did of the open step: the round no longer waits for it."""
+
+    device: DeviceId
+    waited_s: float
+
+
+Instruction: TypeAlias = CloseEvaluation | CloseStep | CloseRound | LeaveOut
+
+# --- patience -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowance:
+    """How many seconds a round waits for one device; the server's own work is not among them.
+
+    ``quiet_s``: with no request of it and nothing moving on its link (a device that trains alone
+    is quiet by nature). ``evaluate_s``, ``first_step_s``, ``step_s``: in all, until it evaluated,
+    until its part of the round's first and of each later step is in, and then until its adapters
+    are. ``alone_s``: all steps and the adapters of one that trains alone.
+    """
+
+    quiet_s: float = 300.0
+    evaluate_s: float = 3000.0
+    first_step_s: float = 3000.0
+    step_s: float = 3000.0
+    alone_s: float = 3000.0
 
 
 class Round:
     """The state of one round; `handle` is the only way to change it.
 
     ``exchanging``: participants whose activations go through the server. ``alone``: those that
-    hold all blocks and the head. ``steps`` 0: the round only evaluates.
+    hold all blocks and the head. ``steps`` 0: the round only evaluates. ``allowances``: how long
+    it waits for each; the default for those who are not named.
     """
 
     def __init__(
@@ -97,6 +139,7 @@ class Round:
         steps: int,
         exchanging: Iterable[DeviceId],
         alone: Iterable[DeviceId] = (),
+        allowances: Mapping[DeviceId, Allowance] | None = None,
     ) -> None:
         """Open the round at its first step."""
         self.number = number
@@ -115,6 +158,9 @@ class Round:
         self._announced: dict[DeviceId, int] = {}
         self._complete: set[DeviceId] = set()
         self._tokens: Counter[DeviceId] = Counter()
+        self._allowances = allowances or {}
+        self._waited_s: dict[DeviceId, float] = {}
+        self._quiet_s: dict[DeviceId, float] = {}
 
     @property
     def participants(self) -> frozenset[DeviceId]:
@@ -155,6 +201,8 @@ class Round:
         """
         if self.closed:
             return ()
+        if isinstance(event, Tick):
+            return (*self._pass_time(event), *self._advance())
         if isinstance(event, Lost):
             self._lose(event.device)
         elif event.device not in self.participants:
@@ -174,6 +222,39 @@ class Round:
             group.discard(device)
         self._done.pop(device, None)
         self._announced.pop(device, None)
+
+    def _pass_time(self, tick: Tick) -> list[LeaveOut]:
+        waiting_for = self.waiting_for
+        for device in waiting_for | (frozenset() if self._to_evaluate else self._alone):
+            if device in tick.served:
+                self._quiet_s[device] = 0.0
+                continue
+            self._waited_s[device] = self._waited_s.get(device, 0.0) + tick.seconds
+            quiet_s = 0.0 if device in tick.active else self._quiet_s.get(device, 0.0)
+            self._quiet_s[device] = quiet_s + tick.seconds
+        late = [device for device in sorted(waiting_for) if self._is_late(device)]
+        for device in late:
+            self._lose(device)
+        return [LeaveOut(device, self._waited_s[device]) for device in late]
+
+    def _is_late(self, device: DeviceId) -> bool:
+        allowed = self._allowances.get(device, Allowance())
+        most_s = self._allowed_s(device, allowed)
+        is_silent = self._quiet_s.get(device, 0.0) > allowed.quiet_s
+        trains_alone = device in self._alone and not self._to_evaluate
+        return self._waited_s.get(device, 0.0) > most_s or (is_silent and not trains_alone)
+
+    def _allowed_s(self, device: DeviceId, allowed: Allowance) -> float:
+        if self._to_evaluate:
+            return allowed.evaluate_s
+        if device in self._alone:
+            return allowed.alone_s
+        return allowed.first_step_s if self.step == self.first_step else allowed.step_s
+
+    def _wait_anew(self, devices: Iterable[DeviceId]) -> None:
+        for device in devices:
+            self._waited_s.pop(device, None)
+            self._quiet_s.pop(device, None)
 
     def _evaluate(self, device: DeviceId) -> None:
         if device in self._to_evaluate:
@@ -214,6 +295,7 @@ class Round:
     def _advance(self) -> Iterable[Instruction]:
         if not self._to_evaluate and not self._evaluation_closed:
             self._evaluation_closed = True
+            self._wait_anew(self.participants)
             yield CloseEvaluation(tuple(sorted(self._evaluated)))
         if self.training and self._exchanging and self._complete >= self._exchanging:
             yield self._close_step()
@@ -229,6 +311,7 @@ class Round:
         self._done.clear()
         self._announced.clear()
         self._complete.clear()
+        self._wait_anew(self._exchanging)
         return close
 
     def _is_over(self) -> bool:

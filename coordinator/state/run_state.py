@@ -39,7 +39,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -188,7 +188,6 @@ class RunState(RunListener):
             for device, tokens in own.items():
                 what = {"target_tokens": sum(tokens.values()), "micro_batches": len(tokens)}
                 self._write(statements.CONTRIBUTE, {**at, "device": device, **what})
-            self._seen(own)
 
     def left_out(self, device: DeviceId, reason: str) -> None:
         """Note who was too late."""
@@ -204,7 +203,7 @@ class RunState(RunListener):
         """Note whose adapters are in."""
         with self._transaction():
             self._write(statements.DELIVER, {**self._at, "device": device})
-            self._seen([device])
+            self._write(statements.DELIVERED, {**self._at, "device": device})
 
     def update_refused(self, device: DeviceId) -> None:
         """Note whose adapters do not count though they were delivered."""
@@ -265,10 +264,7 @@ class RunState(RunListener):
             "first_sequence": start.positions[member.device_id],
         }
         self._write(statements.TAKE_PART, values)
-        if member.measurements is not None:
-            data = None if member.data is None else asdict(member.data)
-            measured = _json({**asdict(member.measurements), "data": data})
-            self._write(statements.MEASURED, {**_who(member), "measured": measured})
+        self._write(statements.BEGAN, {**_who(member), "measured": _measured(member)})
 
     def _fall_out(self, device: DeviceId, outcome: str, reason: str) -> None:
         values = {"device": device, "outcome": outcome, "reason": _short(reason)}
@@ -278,10 +274,6 @@ class RunState(RunListener):
     def _void(self, values: Values) -> None:
         self._write(statements.VOID_OUTCOMES, values)
         self._write(statements.VOID_FROM, values)
-
-    def _seen(self, devices: Iterable[DeviceId]) -> None:
-        for device in devices:
-            self._write(statements.SEEN, {**self._at, "device": device})
 
     def _transaction(self, *, durable: bool = False) -> contextlib.AbstractContextManager[None]:
         return database.transaction(self._db, self._path, durable=durable)
@@ -302,6 +294,13 @@ def _who(member: Member) -> dict[str, str]:
     return {"device": member.device_id, "session": member.session}
 
 
+def _measured(member: Member) -> str | None:
+    if member.measurements is None:
+        return None
+    data = None if member.data is None else asdict(member.data)
+    return _json({**asdict(member.measurements), "data": data})
+
+
 def _plan(plan: DevicePlan) -> Values:
     maps = {"ranks": _json(plan.ranks), "scalings": _json(plan.scalings)}
     return {**asdict(plan), **maps}
@@ -319,4 +318,4 @@ def _short(reason: str) -> str:
 def _ending(error: BaseException) -> str:
     if isinstance(error, HsplitError):
         return _short(str(error))
-    return f"stopped by {type(error).__name__.strip('_')}"
+    return f"stopped ({type(error).__name__.strip('_')})"

@@ -32,7 +32,7 @@ CREATE TABLE sessions (          -- devices, and their profiles
     device TEXT NOT NULL,
     session TEXT NOT NULL,
     joined_at TEXT NOT NULL,
-    seen_at TEXT NOT NULL,       -- when it last joined, trained, delivered or left
+    seen_at TEXT NOT NULL,       -- when it last joined, began a round, delivered or was gone
     profile TEXT,                -- JSON: what it says of itself; NULL: it was never let in
     measured TEXT,               -- JSON: what it measured, where it did
     outcome TEXT NOT NULL CHECK (outcome IN ('active', 'done', 'lost', 'left out', 'refused')),
@@ -179,13 +179,14 @@ END_SESSION: Final = """
 UPDATE sessions SET outcome = :outcome, reason = :reason, seen_at = :now
 WHERE device = :device AND session = :session AND outcome = 'active'
 """
-SEEN: Final = """
+BEGAN: Final = """
+UPDATE sessions SET seen_at = :now, measured = coalesce(:measured, measured)
+WHERE device = :device AND session = :session
+"""
+DELIVERED: Final = """
 UPDATE sessions SET seen_at = :now
 WHERE (device, session) = (SELECT device, session FROM participants
                            WHERE round = :round AND attempt = :attempt AND device = :device)
-"""
-MEASURED: Final = """
-UPDATE sessions SET measured = :measured WHERE device = :device AND session = :session
 """
 
 # --- a round ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ again, a call that never arrived is asked for. Nothing depends on the broker's o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -68,6 +69,11 @@ class OpenCalls:
     def overdue(self, now_s: float, *, after_s: float) -> tuple[int, ...]:
         """Return the calls that have waited at least ``after_s`` seconds."""
         return tuple(n for n, c in sorted(self._open.items()) if now_s - c.asked_s >= after_s)
+
+    def doubt(self) -> None:
+        """Call everything that was asked so far overdue: the link it went over is no more."""
+        for call in self._open.values():
+            call.asked_s = -math.inf
 
     def find(self, number: int) -> tuple[Topic, Request] | None:
         """Return what was asked under ``number``, if it still waits."""
@@ -146,6 +152,11 @@ class AnswerBook:
             elif given is None and number not in self._pending and number >= self._floor:
                 missing.append(number)
         return again, missing
+
+    def doubt(self) -> None:
+        """Give every answer again that is asked for, however lately it was given: a link broke."""
+        for given in self._given.values():
+            given.given_s = -math.inf
 
     def _forget_below(self, floor: int) -> None:
         if floor <= self._floor:

@@ -188,6 +188,24 @@ def test_a_call_cannot_have_been_answered_before_it_was_made():
     assert book.admit(Call(session=SESSION, number=3)), "nothing was changed by the refusal"
 
 
+def test_what_went_over_a_link_that_broke_is_overdue_on_both_sides():
+    calls, book = OpenCalls(SESSION), AnswerBook()
+    requests = [Ready(call=calls.new()) for _ in range(2)]
+    for request in requests:
+        calls.asked(REQUESTS, request, 10.0)
+    book.admit(requests[0].call)
+    answer = Accepted(call=requests[0].call)
+    book.answer(COMMANDS, answer, 10.0)
+    calls.doubt()
+    book.doubt()
+    awaiting = calls.overdue(10.0, after_s=PATIENCE_S)
+    assert awaiting == (0, 1)
+    assert book.repeat(awaiting, 10.0, after_s=PATIENCE_S) == ([(COMMANDS, answer)], [1])
+    calls.asked(REQUESTS, requests[1], 10.0)
+    assert calls.overdue(10.0, after_s=PATIENCE_S) == (0,), "that one is on its way again"
+    assert book.repeat((0,), 10.0, after_s=PATIENCE_S) == ([], []), "so is its answer"
+
+
 def test_an_answer_on_its_way_is_not_repeated_before_its_time():
     book, call = AnswerBook(), Call(session=SESSION, number=0)
     book.admit(call)

@@ -1,13 +1,16 @@
-"""Any order of events closes a round once, and nobody is waited for for ever."""
+"""Any order of events closes a round once, weights sum to one, nobody is waited for for ever."""
 
 from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.aggregation import Contribution, block_weights
 from coordinator.rounds import (
+    Allowance,
     CloseEvaluation,
     CloseRound,
     CloseStep,
@@ -15,15 +18,21 @@ from coordinator.rounds import (
     Evaluated,
     Event,
     Instruction,
+    LeaveOut,
     Lost,
     MicroBatchDone,
     Round,
+    Tick,
 )
 from shared.errors import ProtocolError
 from shared.protocol.messages import DeviceId
 
 FIRST_STEP = 20
 NAMES = [DeviceId(name) for name in ("ada", "bob", "cyd", "dan")]
+BLOCKS = 4
+ALLOWANCE = Allowance(quiet_s=20.0, evaluate_s=90.0, first_step_s=60.0, step_s=40.0, alone_s=150.0)
+LONGEST_S = ALLOWANCE.evaluate_s + ALLOWANCE.first_step_s + 4 * ALLOWANCE.step_s + ALLOWANCE.alone_s
+"""Of a round of four steps in which everybody just keeps the time."""
 
 
 class Play:
@@ -33,7 +42,12 @@ class Play:
         self.exchanging = NAMES[:exchanging]
         self.alone = NAMES[exchanging : exchanging + alone]
         self.round = Round(
-            3, first_step=FIRST_STEP, steps=steps, exchanging=self.exchanging, alone=self.alone
+            3,
+            first_step=FIRST_STEP,
+            steps=steps,
+            exchanging=self.exchanging,
+            alone=self.alone,
+            allowances=dict.fromkeys(NAMES, ALLOWANCE),
         )
         self.steps = steps
         self.of = of
@@ -51,6 +65,9 @@ class Play:
             self.instructions.append(instruction)
             if isinstance(instruction, CloseStep):
                 self.check_step(instruction)
+            elif isinstance(instruction, LeaveOut):
+                assert instruction.device not in self.round.delivered
+                self.lost.add(instruction.device)
 
     def check_step(self, close: CloseStep) -> None:
         assert close.step == FIRST_STEP + len(self.closes) - 1
@@ -107,6 +124,7 @@ plays = st.builds(
     of=st.fixed_dictionaries({name: st.integers(1, 3) for name in NAMES}),
 ).filter(lambda play: play.round.participants)
 moves = st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 15)), max_size=120)
+seconds = st.lists(st.floats(0.1, 30.0), min_size=1, max_size=20)
 
 
 @settings(deadline=None, max_examples=300)
@@ -114,7 +132,9 @@ moves = st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 15)), max_size
 def test_any_order_of_events_closes_a_round_exactly_once(play: Play, moves):
     everybody = play.round.participants
     for device, chance in moves:
-        if device in everybody:
+        if chance == 1:
+            play.tell(Tick(5.0, active=frozenset(NAMES) - {device}))
+        elif device in everybody:
             play.lose(device) if chance == 0 else play.go_on(device)
         assert play.round.closed or play.round.waiting_for, "open, and waits for nobody"
     for _ in range(200):
@@ -128,6 +148,7 @@ def test_any_order_of_events_closes_a_round_exactly_once(play: Play, moves):
     assert sum(isinstance(i, CloseEvaluation) for i in play.instructions) == 1
     assert play.round.handle(Lost(NAMES[0])) == ()
     check_tokens(play, delivered)
+    check_weights(play, delivered)
 
 
 def check_tokens(play: Play, delivered: set[DeviceId]) -> None:
@@ -154,6 +175,54 @@ def test_losing_whoever_is_waited_for_ends_the_round(play: Play, moves):
     assert sum(isinstance(i, CloseRound) for i in play.instructions) == 1
 
 
+@settings(deadline=None, max_examples=300)
+@given(play=plays, moves=moves, seconds=seconds, whose=st.sets(st.sampled_from(NAMES)))
+def test_time_alone_ends_a_round_whatever_the_devices_claim_to_do(
+    play: Play, moves, seconds, whose
+):
+    """``whose``: those who ask something again and again, and never what the round waits for."""
+    for device, _ in moves[: len(moves) // 2]:
+        if device in play.round.participants:
+            play.go_on(device)
+    passed_s, turn = 0.0, 0
+    while not play.round.closed:
+        play.tell(Tick(seconds[turn % len(seconds)], active=frozenset(whose)))
+        passed_s += seconds[turn % len(seconds)]
+        turn += 1
+        assert passed_s < LONGEST_S + max(seconds) * 7, "waited for longer than was allowed"
+    assert sum(isinstance(i, CloseRound) for i in play.instructions) == 1
+    check_weights(play, set(play.round.delivered))
+
+
+@given(play=plays, moves=moves)
+def test_nobody_is_late_while_the_server_has_its_requests_to_carry_out(play: Play, moves):
+    for device, _ in moves:
+        play.tell(Tick(1000.0, served=frozenset(NAMES)))
+        if device in play.round.participants:
+            play.go_on(device)
+    assert not any(isinstance(one, LeaveOut) for one in play.instructions)
+
+
+def check_weights(play: Play, delivered: set[DeviceId]) -> None:
+    """Check that what the round is aggregated with sums to one in every block."""
+    contributions = [
+        Contribution(
+            device=device,
+            split_layer=BLOCKS if device in play.alone else 1 + NAMES.index(device),
+            target_tokens=count,
+            adapters={} if device in delivered else None,
+        )
+        for device, count in play.round.target_tokens.items()
+        if device in delivered or device not in play.alone
+    ]
+    for block in range(BLOCKS):
+        weights = block_weights(contributions, block)
+        trained = [one for one in contributions if one.target_tokens]
+        in_it = [one for one in trained if one.adapters is not None or one.split_layer <= block]
+        assert sum(weights.values()) == pytest.approx(1.0 if in_it else 0.0)
+        assert all(0.0 <= weight <= 1.0 for weight in weights.values())
+
+
 events = st.one_of(
     st.builds(Evaluated, st.sampled_from(NAMES)),
     st.builds(
@@ -166,6 +235,7 @@ events = st.one_of(
     ),
     st.builds(Delivered, st.sampled_from(NAMES), st.integers(0, 50)),
     st.builds(Lost, st.sampled_from(NAMES)),
+    st.builds(Tick, st.floats(0, 200), st.frozensets(st.sampled_from(NAMES))),
 )
 
 

@@ -19,6 +19,7 @@ from coordinator import checkpoints, strategies
 from coordinator.coordinator import Coordinator
 from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
+from coordinator.lateness import Lateness
 from coordinator.metrics import MetricsWriter
 from coordinator.model_store import ModelStore
 from coordinator.outliers import Screening
@@ -190,8 +191,10 @@ class Simulation:
         )
         self.fleet = Fleet(settings, architecture, measure_server=self.measure_server)
         self.screening = Screening(settings.aggregation.outlier_factor)
+        self.lateness = Lateness()
         if resumed is not None:
             self.screening.resume(resumed.state)
+            self.lateness.resume(resumed.state)
             model.resume(resumed)
             self.fleet.resume(resumed.state)
         self.model = model
@@ -209,6 +212,7 @@ class Simulation:
             fleet=self.fleet,
             reporter=self.reporter,
             screening=self.screening,
+            lateness=self.lateness,
             save_checkpoint=lambda checkpoint: checkpoints.save(
                 settings.run_folder / "checkpoints", checkpoint, keep=settings.checkpoints.keep
             ),
@@ -334,7 +338,10 @@ class Simulation:
         return self.coordinator.finished and not self._alive()
 
     def _next_due_s(self) -> float:
-        due = [self.coordinator.next_due_s, *(d.agent.next_due_s for d in self._alive())]
+        due = [
+            self.clock.monotonic_s() + self.coordinator.idle_s,
+            *(d.agent.next_due_s for d in self._alive()),
+        ]
         arriving = self.broker.next_due_s()
         return min(due if arriving is None else [*due, arriving])
 

@@ -340,7 +340,7 @@ def test_what_a_lost_device_had_waiting_or_open_is_gone():
     server.take(server.nano, server.activations(of=2))
     server.exchange.submit(server.nano, server.activations(index=1, of=2))
     server.exchange.submit(server.orin, server.activations())
-    server.exchange.drop(server.nano)
+    server.exchange.drop(NANO)
     assert server.trainer.open_micro_batches == 0
     left = server.exchange.run_one()
     assert isinstance(left, Done)
@@ -496,7 +496,7 @@ def test_what_a_lost_device_had_open_of_a_probe_is_gone_and_what_it_finished_sta
     server = Server("device")
     probe(server, server.nano, 0)
     server.take(server.nano, server.activations(index=1, of=2, purpose="probe"))
-    server.exchange.drop(server.nano)
+    server.exchange.drop(NANO)
     assert server.trainer.open_micro_batches == 0
     with pytest.raises(ProtocolError, match="not open"):
         server.exchange.submit(server.nano, server.gradients(index=1, purpose="probe"))

@@ -38,6 +38,7 @@ from shared.protocol.messages import (
 from shared.protocol.tensors import TensorFrame
 from shared.protocol.topics import agent_filters, coordinator_filters, device_topic
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
+from shared.transport.base import LinkDown, LinkUp
 from shared.transport.link import MessageLink, Received, StatusSeen, Unreadable
 from shared.transport.memory import MemoryBroker, MemoryTransport
 from tests.support.fake_clock import FakeClock
@@ -319,6 +320,31 @@ def test_a_death_notice_shortens_the_wait():
     assert world.lost == []
     world.tick(0.1)
     assert len(world.lost) == 1
+
+
+def test_what_a_device_was_told_over_an_earlier_connection_is_told_again_at_once():
+    world = World()
+    (welcome,) = world.join()
+    assert world.beat(FIRST, 0) == [], "it was given a moment ago"
+    world.members.handle_status(status(state="online", instance=SECOND[:8]))
+    assert world.beat(FIRST, 0) == [], "another start of the device is not this one"
+    world.members.handle_status(status(state="online", instance=FIRST[:8]))
+    assert world.beat(FIRST, 0) == [welcome]
+
+
+def test_what_was_half_here_when_a_device_connected_anew_is_not_waited_for():
+    world = World()
+    world.join()
+    large = TensorFrame("uint8", (3 * 2**20,), bytes(3 * 2**20))
+    half = PieceBytes(call=Call(session=FIRST, number=1), sha256="0" * 64, offset=0, data=large)
+    world.nano.send(device_topic(NANO, "requests"), half)  # 8 chunks of 12, until credit comes
+    assert world.coordinator.receive(0) is None
+    world.nano_transport.lose_link()
+    assert isinstance(world.nano.receive(0), LinkDown)
+    world.nano_transport.reconnect()
+    assert world.nano.receive(0) == LinkUp()
+    world.members.handle_status(status(state="online", instance=FIRST[:8]))
+    assert types(world.beat(FIRST, 1)) == ["resend"]
 
 
 NO_NOTICE = [

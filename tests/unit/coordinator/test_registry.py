@@ -6,9 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.registry import RECONNECT_S, WILL_GRACE_S, Admitted, Held, Known, Registry
-from shared.protocol.messages import Call, DeviceId, DeviceProfile, JoinRequest, SessionId
+from shared.protocol.messages import (
+    Accepted,
+    Call,
+    DeviceId,
+    DeviceProfile,
+    JoinRequest,
+    SessionId,
+)
+from shared.protocol.topics import device_topic
 
 NANO, ORIN = DeviceId("nano"), DeviceId("orin")
+COMMANDS = device_topic(NANO, "commands")
 LOST_AFTER_S = 6.0
 PROFILE = DeviceProfile(backend="torch", hsplit_version="0", sequences=1, evaluation_sequences=0)
 
@@ -143,6 +152,17 @@ def test_a_member_that_was_replaced_is_not_struck_off_again():
     made.join(NANO, request(session(1, 1)), 1.0)
     made.remove(old)
     assert made.find(NANO, session(1, 1)) is not None
+
+
+def test_what_nobody_could_hear_is_told_again():
+    made, call = registry(FIRST), Call(session=FIRST, number=0)
+    member = made.find(NANO, FIRST)
+    assert member is not None
+    member.book.admit(call)
+    answer = Accepted(call=call)
+    member.book.answer(COMMANDS, answer, 9.0)
+    made.excuse(10.0)
+    assert member.book.repeat((0,), 10.0, after_s=5.0) == ([(COMMANDS, answer)], [])
 
 
 def test_what_nobody_could_hear_is_held_against_nobody():

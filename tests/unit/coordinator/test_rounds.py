@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 
 from coordinator.rounds import (
+    Allowance,
     CloseEvaluation,
     CloseRound,
     CloseStep,
     Delivered,
     Evaluated,
+    LeaveOut,
     Lost,
     MicroBatchDone,
     Round,
+    Tick,
 )
 from shared.errors import ProtocolError
 from shared.protocol.messages import DeviceId
@@ -183,3 +186,98 @@ def test_a_closed_round_takes_no_notice():
     assert round_.closed
     assert round_.handle(Lost(NANO)) == ()
     assert round_.handle(done(PI)) == ()
+
+
+# --- patience -----------------------------------------------------------------------------------
+
+PATIENCE = Allowance(quiet_s=10.0, evaluate_s=50.0, first_step_s=40.0, step_s=20.0, alone_s=70.0)
+
+
+def patient_round(*, exchanging=(NANO, ORIN), alone=(), steps=3, evaluated=True):
+    allowances = dict.fromkeys((*exchanging, *alone), PATIENCE)
+    round_ = Round(
+        1, first_step=10, steps=steps, exchanging=exchanging, alone=alone, allowances=allowances
+    )
+    if evaluated:
+        for device in sorted(round_.participants):
+            round_.handle(Evaluated(device))
+    return round_
+
+
+def ticks(round_, seconds, **kinds):
+    """Let whole seconds pass; return what the round says meanwhile."""
+    kinds = {kind: frozenset(devices) for kind, devices in kinds.items()}
+    said = []
+    for _ in range(seconds):
+        said += round_.handle(Tick(1.0, **kinds))
+    return said
+
+
+def test_one_that_asks_nothing_is_left_out_and_the_step_closes_without_it():
+    round_ = patient_round()
+    round_.handle(done(ORIN))
+    assert ticks(round_, 10) == []
+    assert ticks(round_, 1) == [LeaveOut(NANO, 11.0), CloseStep(10, (ORIN,), 5)]
+    with pytest.raises(ProtocolError, match="not part of round 1"):
+        round_.handle(done(NANO))
+
+
+def test_one_that_keeps_asking_has_as_long_as_its_step_may_take():
+    round_ = patient_round()
+    round_.handle(done(ORIN))
+    assert ticks(round_, 40, active={NANO}) == []
+    assert LeaveOut(NANO, 41.0) in ticks(round_, 1, active={NANO})
+
+
+def test_each_step_is_timed_by_itself_and_the_first_may_be_longer():
+    round_ = patient_round(exchanging=(NANO,))
+    ticks(round_, 40, active={NANO})
+    round_.handle(done(NANO, 10))
+    assert ticks(round_, 20, active={NANO}) == []
+    round_.handle(done(NANO, 11))
+    assert ticks(round_, 20, active={NANO}) == []
+    assert ticks(round_, 1, active={NANO}) == [LeaveOut(NANO, 21.0), CloseRound(())]
+
+
+def test_who_did_its_part_of_the_step_is_not_timed():
+    round_ = patient_round()
+    round_.handle(done(ORIN))
+    assert [i.device for i in ticks(round_, 11) if isinstance(i, LeaveOut)] == [NANO]
+    assert round_.participants == {ORIN}
+    assert round_.step == 11
+
+
+def test_what_the_server_has_to_do_is_not_the_devices_time():
+    round_ = patient_round()
+    assert ticks(round_, 1000, served={NANO, ORIN}) == []
+    assert ticks(round_, 10) == []
+
+
+def test_an_evaluation_is_timed_too():
+    round_ = patient_round(evaluated=False)
+    round_.handle(Evaluated(ORIN))
+    assert ticks(round_, 50, active={NANO}) == []
+    said = ticks(round_, 1, active={NANO})
+    assert said == [LeaveOut(NANO, 51.0), CloseEvaluation((ORIN,))]
+
+
+def test_adapters_that_never_come_are_not_waited_for():
+    round_ = patient_round(steps=1)
+    train(round_, NANO, ORIN)
+    round_.handle(Delivered(ORIN, 5))
+    assert ticks(round_, 11) == [LeaveOut(NANO, 11.0), CloseRound((ORIN,))]
+    assert round_.target_tokens == {NANO: 5, ORIN: 5}, "its closed steps stay"
+
+
+def test_one_that_trains_alone_is_quiet_by_nature_but_not_for_ever():
+    round_ = patient_round(exchanging=(NANO,), alone=(PI,), steps=1)
+    ticks(round_, 9)
+    train(round_, NANO)
+    round_.handle(Delivered(NANO, 5))
+    assert ticks(round_, 61) == []
+    assert ticks(round_, 1) == [LeaveOut(PI, 71.0), CloseRound((NANO,))]
+
+
+def test_several_may_be_late_at_once():
+    round_ = patient_round()
+    assert ticks(round_, 11) == [LeaveOut(NANO, 11.0), LeaveOut(ORIN, 11.0), CloseRound(())]

@@ -278,7 +278,7 @@ def test_a_device_that_comes_back_is_another_session_of_it(tmp_path, state, cloc
 def test_when_a_device_was_last_seen_follows_what_it_does(tmp_path, state, clock):
     opened(state, 1)
     clock.advance(60)
-    trained(state, 0, {"nano": (1,)})
+    state.delivered(NANO)
     seen = dict(rows(tmp_path, "SELECT device, last_seen_at FROM devices"))
     assert seen == {
         "nano": "1970-01-01T00:01:00.000+00:00",
@@ -334,7 +334,7 @@ def test_why_it_stopped_is_on_record_and_that_it_was_killed(tmp_path, clock):
     found = rows(tmp_path, "SELECT resumed_round, ending FROM starts")
     assert found == [
         (None, "too few devices"),
-        (0, "stopped by KeyboardInterrupt"),
+        (0, "stopped (KeyboardInterrupt)"),
         (3, "it was killed"),
         (4, "complete"),
     ]

@@ -1,0 +1,77 @@
+"""How long a round waits for each device: several times what its plan predicts. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from coordinator.planning.device_plan import DevicePlan
+from coordinator.registry import Member
+from coordinator.rounds import Allowance
+from coordinator.settings import DeviceRules
+from shared.protocol.messages import DeviceId
+
+LEAST_S: Final = 30.0
+"""Of a step: a first one compiles, reads from disk, fills caches."""
+MOST_TIMEOUTS: Final = 10.0
+"""Nothing, and no claim of a device about itself, makes a step wait for more `step_timeout_s`."""
+
+
+def allowances(
+    members: Sequence[Member],
+    *,
+    step_s: Mapping[DeviceId, float],
+    steps: int,
+    probe_sequences: int,
+    rules: DeviceRules,
+) -> Mapping[DeviceId, Allowance]:
+    """Return how long a round of ``steps`` steps waits for each of ``members``.
+
+    ``step_s``: what a step is predicted to take each device that measured itself, its link
+    included. ``probe_sequences``: what each probes before its first step.
+    """
+    return {
+        member.device_id: allowance(
+            member.plan,
+            predicted_s=step_s.get(member.device_id),
+            evaluation_sequences=member.profile.evaluation_sequences,
+            steps=steps,
+            probe_sequences=probe_sequences,
+            rules=rules,
+        )
+        for member in members
+        if member.plan is not None
+    }
+
+
+def allowance(
+    plan: DevicePlan,
+    *,
+    predicted_s: float | None,
+    evaluation_sequences: int,
+    steps: int,
+    probe_sequences: int,
+    rules: DeviceRules,
+) -> Allowance:
+    """Return how long a round waits for the device that follows ``plan``.
+
+    A predicted step may take ``rules.late_factor`` times as long as predicted, and `LEAST_S` in
+    any case; a sequence that is evaluated or probed counts as one that is trained on. Without a
+    prediction a device may use up the whole of what nobody may exceed.
+    """
+    most_s = MOST_TIMEOUTS * rules.step_timeout_s
+
+    def seconds(sequences: int) -> float:
+        if predicted_s is None:
+            return most_s
+        times = rules.late_factor * sequences / plan.batch
+        return min(most_s, max(LEAST_S, times * predicted_s))
+
+    first_s, step_s = seconds(plan.batch + probe_sequences), seconds(plan.batch)
+    return Allowance(
+        quiet_s=rules.step_timeout_s,
+        evaluate_s=seconds(evaluation_sequences),
+        first_step_s=first_s,
+        step_s=step_s,
+        alone_s=first_s + max(0, steps - 1) * step_s,
+    )
