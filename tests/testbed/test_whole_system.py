@@ -105,6 +105,31 @@ def assert_complete_metrics(system: System) -> None:
     assert evaluated == set(range(0, TOTAL_STEPS + 1, small_run.STEPS))
 
 
+def test_the_record_has_every_step_once_and_every_token(calm):
+    assert_complete_record(calm.system)
+    assert status(calm.system)["coordinator"] == "not at work (complete)"
+
+
+def status(system: System) -> dict:
+    ended = coordinator_main("status", str(system.run_folder), "--json")
+    assert ended.code == 0, ended.words
+    return json.loads(ended.output)
+
+
+def assert_complete_record(system: System) -> None:
+    live = [one for one in status(system)["rounds"] if one["state"] != "void"]
+    assert [(one["round"], one["state"]) for one in live] == [(n, "closed") for n in (1, 2, 3, 4)]
+    for one in live[:3]:
+        parts = {part["device"]: part for part in one["participants"]}
+        assert {device: part["steps"] for device, part in parts.items()} == dict.fromkeys(
+            small_run.SPLIT_LAYERS, small_run.STEPS
+        )
+    for device, own in system.summary()["devices"].items():
+        mine = [p for one in live for p in one["participants"] if p["device"] == device]
+        assert [p["outcome"] for p in mine] == ["delivered"] * 3 + ["evaluated"]
+        assert sum(p["target_tokens"] or 0 for p in mine) == own["target_tokens"]
+
+
 def test_tensorboard_shows_the_same_curve(calm):
     events = EventAccumulator(str(calm.folder / "tensorboard")).Reload()
     shown = {event.step: event.value for event in events.Scalars("train/loss")}
@@ -190,6 +215,16 @@ def test_resumed_it_goes_on_with_agents_that_waited(disturbed):
     assert "resuming" in (disturbed.system.folder / "coordinator2.log").read_text()
     assert_complete_metrics(disturbed.system)
     assert disturbed.system.summary()["steps"] == TOTAL_STEPS
+
+
+def test_the_record_of_both_starts_counts_nothing_twice(disturbed):
+    assert_complete_record(disturbed.system)
+    found = status(disturbed.system)
+    endings = [(one["resumed_round"], one["ending"]) for one in found["starts"]]
+    assert endings == [(None, "stopped (TerminatedError)"), (1, "complete")]
+    attempts = [(one["round"], one["attempt"], one["state"]) for one in found["rounds"]]
+    assert (2, 1, "void") in attempts
+    assert (2, 2, "closed") in attempts
 
 
 def test_garbage_on_every_topic_changes_nothing(disturbed, calm):
