@@ -236,6 +236,11 @@ class Conversation:
         self._calls.asked(topic, request, self._clock.monotonic_s())
         self._link.send(topic, request)
 
+    def _ask_again(self) -> None:
+        """Name all that is open, at once: what was under way may have gone with a connection."""
+        self._calls.doubt()
+        self._next_heartbeat_s = self._clock.monotonic_s()
+
     def _overdue(self, now_s: float) -> tuple[int, ...]:
         # What is still trickling in over a slow link is not lost: asking for it makes it slower.
         if self._link.receiving_from(self.device_id, within_s=REPEAT_AFTER_S):
@@ -259,12 +264,12 @@ class Conversation:
             self._watch.heard()
             self._handle_message(event.message)
         elif isinstance(event, StatusSeen):
-            if event.device is None:
-                self._watch.status(event.payload)
+            if event.device is None and self._watch.status(event.payload):
+                self._ask_again()  # it connected, perhaps again: it may have heard nothing of us
         elif isinstance(event, LinkDown):
             logger.warning("link to the broker lost (%s), reconnecting", event.reason)
         elif isinstance(event, LinkUp):
-            self._next_heartbeat_s = self._clock.monotonic_s()
+            self._ask_again()
         elif isinstance(event, Unreadable):
             logger.warning("unreadable message on %s: %s", event.address.kind, event.reason)
             if event.version_mismatch:

@@ -23,23 +23,24 @@ class CoordinatorWatch:
         self._seen: tuple[str, str] | None = None
         self._waits_for_first_sign = True
 
-    def status(self, payload: bytes) -> None:
-        """Take a status of the coordinator; one that is unreadable says nothing."""
+    def status(self, payload: bytes) -> bool:
+        """Take a status of the coordinator, unless it is unreadable; tell whether it is online."""
         try:
             status = json.loads(payload)
             seen = str(status["state"]), str(status["run_id"])
         except (ValueError, KeyError, TypeError, RecursionError):
             logger.debug("unreadable status of the coordinator")
-            return
+            return False
         self.heard()
-        if seen == self._seen:
-            return
-        self._seen = seen
         state, run_id = seen
+        if seen == self._seen:
+            return state == "online"
+        self._seen = seen
         if state == "online":
             logger.info("the coordinator is online (run %.64s)", run_id)
         else:
             logger.warning("the coordinator is offline, waiting for it")
+        return state == "online"
 
     def heard(self) -> None:
         """Note a sign of the coordinator, whatever it was."""

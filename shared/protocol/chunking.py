@@ -157,6 +157,10 @@ class Joiner:
         """Tell whether some open transfer got a chunk in the last ``within_s`` seconds."""
         return any(now_s - t.changed_s < within_s for t in self._open.values())
 
+    def forget_open(self) -> None:
+        """Drop what is half here: the rest of it went with a connection."""
+        self._open.clear()
+
     def add(self, chunk: Buffer, now_s: float) -> Joined | Grant | None:
         """Take one chunk; return the whole when it was the last, a grant when one is due.
 

@@ -35,6 +35,9 @@ PACKET_LIMIT_BYTES = 1_000_000
 MAX_IN_FLIGHT = 64
 """Unacknowledged messages per connection: 16 MiB of chunks, more than any window above us."""
 CONNECT_TIMEOUT_S = 5.0
+LONGEST_PAUSE_S = 3.0
+"""Between two attempts to connect: so soon a run goes on after a broker that was long away. An
+attempt in vain costs two packets, so even a large fleet is no burden on who waits for it."""
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -205,9 +208,11 @@ class Lane:
         # Unbounded on purpose: the windows of the protocol above bound what is under way, and a
         # full paho queue could only drop, here where nobody can be told.
         client.max_queued_messages = 0
-        # The first delay is drawn per connection and doubles, so a fleet does not come back at
-        # once. paho computes with it as a float whatever its annotation says.
-        client.reconnect_delay_set(random.uniform(0.2, 0.6), 10)  # type: ignore[arg-type]  # noqa: S311
+        # The first delay is drawn per connection and doubles up to a limit that is drawn too, so
+        # a fleet does not come back at once. paho computes with them as floats whatever its
+        # annotation says.
+        first, longest = random.uniform(0.2, 0.6), random.uniform(0.6, 1.0) * LONGEST_PAUSE_S  # noqa: S311
+        client.reconnect_delay_set(first, longest)  # type: ignore[arg-type]
         if settings.username is not None:
             client.username_pw_set(settings.username, settings.secret())
         if endpoint.tls is not None:

@@ -130,6 +130,8 @@ class MessageLink:
                 return None
             if isinstance(event, LinkDown):
                 self._outgoing.clear()
+                for joiner in self._joiners.values():
+                    joiner.forget_open()
             result = self._take(event) if isinstance(event, Delivery) else event
             if result is not None:
                 return result

@@ -145,6 +145,23 @@ def test_a_broker_may_restart_at_any_time(labels, phase, down_s, tmp_path, undis
     assert difference(outcome_of(sim), undisturbed(labels=labels)) == 0.0
 
 
+@pytest.mark.parametrize("down_s", [0.5, 1.0, 4.0, 60.0])
+def test_a_broker_that_is_back_holds_nobody_up(down_s, tmp_path):
+    """What was under way is asked for at once, and not when it would have been overdue."""
+    sim = trio(tmp_path)
+    sim.run_to("round 1, step 1")
+    sim.run_for(0.15)
+    sim.broker.stop()
+    sim.run_for(down_s)
+    assert sim.coordinator.phase == "round 1, step 1", "the step must still be open"
+    sim.broker.restart()
+    back_s = sim.clock.monotonic_s()
+    sim.run(until=lambda: sim.coordinator.phase != "round 1, step 1")
+    took_s = sim.clock.monotonic_s() - back_s
+    sim.run()
+    assert took_s < 1.0
+
+
 @pytest.mark.parametrize(
     ("phase", "payload_bytes"),
     [("round 1, step 0", SMALLEST_PAYLOAD_BYTES), ("round 2, step 3", DEFAULT_MAX_PAYLOAD_BYTES)],

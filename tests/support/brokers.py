@@ -121,6 +121,12 @@ class Mosquitto:
         if process.poll() is not None:
             pytest.fail(f"mosquitto ended:\n{self.output()}")
 
+    @property
+    def pid(self) -> int:
+        """The process that runs now."""
+        assert self._process is not None  # it was started
+        return self._process.pid
+
     def output(self) -> str:
         """Return what it has printed so far."""
         return self.log.read_text()

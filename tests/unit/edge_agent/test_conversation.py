@@ -406,6 +406,25 @@ def test_after_a_lost_link_the_device_says_at_once_that_it_lives(caplog):
     assert talk.beats() == [()]
 
 
+def test_after_a_lost_link_all_that_is_open_is_named_at_once():
+    talk = Talk()
+    talk.ready()
+    talk.transport.lose_link()
+    talk.transport.reconnect()
+    talk.nano.pump(0)
+    talk.nano.pump(0)
+    assert talk.beats() == [(0,)]
+
+
+def test_when_the_coordinator_is_back_all_that_is_open_is_named_at_once():
+    talk = Talk()
+    talk.ready()
+    payload = json.dumps({"state": "online", "run_id": "run"}).encode()
+    talk.coordinator_transport.publish(COORDINATOR_STATUS, payload)
+    talk.nano.pump(0)
+    assert talk.beats() == [(0,)]
+
+
 @pytest.fixture
 def told(caplog):
     """Return what the owner of the device was told of the coordinator since the last look."""

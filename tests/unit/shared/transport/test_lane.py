@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
@@ -11,7 +12,14 @@ from shared.errors import BrokerRefusedError
 from shared.protocol.topics import Filter, Topic
 from shared.transport.base import Will
 from shared.transport.inbox import Inbox
-from shared.transport.lane import Endpoint, Lane, LaneNotice, LaneReady, LaneRefused
+from shared.transport.lane import (
+    LONGEST_PAUSE_S,
+    Endpoint,
+    Lane,
+    LaneNotice,
+    LaneReady,
+    LaneRefused,
+)
 
 SETTINGS = BrokerSettings(url="mqtt://broker.example:1883", username="nano")
 
@@ -87,6 +95,31 @@ def test_a_lane_with_a_birth_is_ready_when_the_broker_has_it():
     taken = ReasonCode(PacketTypes.PUBACK, "Success")
     heard.lane._on_publish(heard.lane._client, None, heard.lane._birth_mid, taken, None)
     assert heard.inbox.take(0) == LaneReady(heard.lane, 1_000_000)
+
+
+def test_however_long_the_broker_was_away_a_lane_soon_tries_again(monkeypatch: pytest.MonkeyPatch):
+    passed_s = [0.0]
+
+    def sleep(seconds: float) -> None:
+        passed_s[0] += seconds
+
+    monkeypatch.setattr(paho, "time_func", lambda: passed_s[0])
+    monkeypatch.setattr(paho.time, "sleep", sleep)
+
+    def pauses_s(lane: Lane) -> list[float]:
+        found = []
+        for _ in range(8):
+            began_s = passed_s[0]
+            lane._client._reconnect_wait()
+            found.append(passed_s[0] - began_s)
+        return found
+
+    lanes = [pauses_s(Heard().lane) for _ in range(20)]
+    for first, second, *_, last in lanes:
+        assert 0.1 < first < 1.0
+        assert second == pytest.approx(2 * first)
+        assert LONGEST_PAUSE_S / 2 < last <= LONGEST_PAUSE_S + 1e-6
+    assert len({round(last, 3) for *_, last in lanes}) > 10, "a fleet does not come back at once"
 
 
 def test_a_publish_that_the_access_list_forbids_is_an_error():

@@ -212,6 +212,16 @@ def test_a_transfer_that_trickles_in_can_be_seen():
     assert not ends.nano.receiving_from(NANO, within_s=5)
 
 
+def test_a_lost_link_drops_what_is_half_here():
+    ends = Ends()
+    ends.coordinator.send(WEIGHTS, large(5 * MIB))
+    assert ends.nano.receive(0) is None
+    assert ends.nano.receiving_from(NANO, within_s=5)
+    ends.nano_transport.lose_link()
+    assert ends.nano.receive(0) == LinkDown("the link was cut")
+    assert not ends.nano.receiving_from(NANO, within_s=5)
+
+
 def test_what_is_half_sent_or_received_of_a_device_that_is_gone_is_forgotten():
     ends = Ends()
     ends.coordinator.send(WEIGHTS, large(5 * MIB))
