@@ -141,6 +141,14 @@ bench-glue: glue-data install ## MRPC and RTE on a pretrained encoder: DATA=fold
 		--constraint constraints.txt --editable '.[coordinator,encoder]'
 	$(BIN)/python -m tests.testbed.bench_glue --data "$(DATA)" $(BENCH_ARGS)
 
+.PHONY: bench-recovery
+bench-recovery: install mosquitto ## How soon a run goes on after kills, restarts and lost links (8 min)
+	$(BIN)/python -m tests.testbed.bench_recovery $(BENCH_ARGS)
+
+.PHONY: soak
+soak: install mosquitto ## Whether any program grows over 12,000 steps (20 min)
+	$(BIN)/python -m tests.testbed.soak $(BENCH_ARGS)
+
 .PHONY: fuzz
 fuzz: install ## Hostile payloads for every decoder: 100,000 each, then coverage-guided (an hour)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary atheris \
