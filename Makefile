@@ -155,6 +155,10 @@ fuzz: install ## Hostile payloads for every decoder: 100,000 each, then coverage
 		--constraint constraints.txt --editable '.[fuzz]' || true
 	$(BIN)/python -m tests.testbed.fuzz.campaign $(BENCH_ARGS)
 
+.PHONY: chaos
+chaos: install mosquitto ## 200 seeded runs amid faults: kills, stops, lost links, full disks (an hour)
+	$(BIN)/python -m tests.testbed.chaos.campaign $(BENCH_ARGS)
+
 .PHONY: clean
 clean: ## Remove environments, caches and builds; runs/ stays
 	rm -rf .venv .venv310 build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
