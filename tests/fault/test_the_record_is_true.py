@@ -7,6 +7,7 @@ adapters, and the record must hold exactly that.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -132,8 +133,21 @@ class Recorded:
             delivered = {d for r, d, _, how in found if r == number and how == "delivered"}
             assert delivered == {device for device, (_, is_in) in expected.items() if is_in}
         count = self.sim.config.rounds.count
+        self._check_that_no_text_is_in_it()
         states = self.rows("SELECT round, state FROM rounds WHERE state <> 'void' ORDER BY round")
         assert states == [(number, "closed") for number in range(1, count + 2)]
+
+    def _check_that_no_text_is_in_it(self) -> None:
+        """Law 7."""
+        written = (self.sim.config.run_folder / database.STATE_FILE).read_bytes()
+        lines = [
+            line
+            for file in self.sim.folder.glob("?.jsonl")
+            for line in file.read_text().splitlines()
+        ]
+        texts = [text.encode() for line in lines for text in json.loads(line).values()]
+        assert len(texts) >= 2 * LINES
+        assert [text for text in texts if text in written] == []
 
     def outcomes(self, round_: int, attempt: int = 1) -> dict[str, str]:
         where = f"WHERE (round, attempt) = ({round_}, {attempt})"
@@ -262,3 +276,36 @@ def test_of_a_second_agent_with_an_id_in_use(recorded):
     found = run.rows("SELECT outcome FROM sessions WHERE device = 'b' ORDER BY rowid")
     assert found == [("done",), ("refused",)]
     assert run.rows("SELECT outcome FROM devices WHERE device = 'b'") == [("done",)]
+
+
+class DiedError(BaseException):
+    """The coordinator was killed; nothing catches it."""
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_of_a_coordinator_that_dies_while_it_saves_a_round(saved, recorded):
+    """Before its checkpoint is there, or before the record heard of that."""
+    run = recorded(rounds=3)
+    save = run.sim.coordinator._save_checkpoint
+
+    def dying(checkpoint):
+        state = f"SELECT state FROM rounds WHERE round = {checkpoint.round}"
+        assert run.rows(state) == ([("closing",)] if checkpoint.round else [])
+        if checkpoint.round < 2:
+            save(checkpoint)
+            return
+        if saved:
+            save(checkpoint)
+        raise DiedError
+
+    run.sim.coordinator._save_checkpoint = dying
+    with pytest.raises(DiedError):
+        run.sim.run(until=lambda: False)
+    if not saved:
+        run.ledger.steps = [one for one in run.ledger.steps if one[0] < 2]
+        del run.ledger.rounds[1]
+    run.restart()
+    run.finish()
+    run.check()
+    attempts = run.rows("SELECT attempt, state FROM rounds WHERE round = 2")
+    assert attempts == ([(1, "closed")] if saved else [(1, "void"), (2, "closed")])
