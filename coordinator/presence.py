@@ -35,6 +35,14 @@ class Presence:
         """Birth and death notice."""
         return Will(COORDINATOR_STATUS, birth=self._notice("online"), death=self._notice("offline"))
 
+    @property
+    def farewell(self) -> bytes:
+        """What stands in place of the death notice when the run is complete.
+
+        It is retained, so that a device which was away hears of the end when it is back.
+        """
+        return self._notice("finished")
+
     def handle(self, payload: bytes) -> bytes | None:
         """Take a status; return what to publish again, if our own was overwritten.
 

@@ -99,6 +99,7 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
         stack.callback(health_file.close)
         logger.info("ready for devices")
         _drive(coordinator, health_file, clock)
+        link.close(presence.farewell)
         summary = reporter.summary()
         model.trainer = None  # room for what the export loads
         summary.save(settings.run_folder)

@@ -264,8 +264,8 @@ class Conversation:
             self._watch.heard()
             self._handle_message(event.message)
         elif isinstance(event, StatusSeen):
-            if event.device is None and self._watch.status(event.payload):
-                self._ask_again()  # it connected, perhaps again: it may have heard nothing of us
+            if event.device is None:
+                self._handle_status(event.payload)
         elif isinstance(event, LinkDown):
             logger.warning("link to the broker lost (%s), reconnecting", event.reason)
         elif isinstance(event, LinkUp):
@@ -274,6 +274,15 @@ class Conversation:
             logger.warning("unreadable message on %s: %s", event.address.kind, event.reason)
             if event.version_mismatch:
                 self._interrupt = VersionMismatchError(event.reason)
+
+    def _handle_status(self, payload: bytes) -> None:
+        seen = self._watch.status(payload)
+        if seen is None:
+            return
+        if seen.state == "online":
+            self._ask_again()  # it connected, perhaps again: it may have heard nothing of us
+        elif seen.state == "finished" and seen.run_id == self._run_id:
+            self._interrupt = RunOverError(Finished(reason="the run is complete"))
 
     def _handle_message(self, message: Message) -> None:
         if isinstance(message, Resend):

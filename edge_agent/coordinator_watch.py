@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import NamedTuple
 
 from shared.clock import Clock
 
@@ -13,6 +14,13 @@ SILENCE_S = 5.0
 """A status that is retained comes with the subscription: after this long there is none."""
 
 
+class Seen(NamedTuple):
+    """What the coordinator said of itself: ``online``, ``offline`` or ``finished``, and its run."""
+
+    state: str
+    run_id: str
+
+
 class CoordinatorWatch:
     """Logs each change of the coordinator's state once. Belongs to the owner's thread."""
 
@@ -20,27 +28,30 @@ class CoordinatorWatch:
         """Begin to wait for a first sign."""
         self._clock = clock
         self._started_s = clock.monotonic_s()
-        self._seen: tuple[str, str] | None = None
+        self._seen: Seen | None = None
         self._waits_for_first_sign = True
 
-    def status(self, payload: bytes) -> bool:
-        """Take a status of the coordinator, unless it is unreadable; tell whether it is online."""
+    def status(self, payload: bytes) -> Seen | None:
+        """Take a status of the coordinator and return it; None if it is unreadable."""
         try:
             status = json.loads(payload)
-            seen = str(status["state"]), str(status["run_id"])
+            seen = Seen(str(status["state"]), str(status["run_id"]))
         except (ValueError, KeyError, TypeError, RecursionError):
             logger.debug("unreadable status of the coordinator")
-            return False
+            return None
         self.heard()
-        state, run_id = seen
-        if seen == self._seen:
-            return state == "online"
+        if seen != self._seen:
+            self._tell(seen)
         self._seen = seen
-        if state == "online":
-            logger.info("the coordinator is online (run %.64s)", run_id)
+        return seen
+
+    def _tell(self, seen: Seen) -> None:
+        if seen.state == "online":
+            logger.info("the coordinator is online (run %.64s)", seen.run_id)
+        elif seen.state == "finished":
+            logger.info("run %.64s is complete", seen.run_id)
         else:
             logger.warning("the coordinator is offline, waiting for it")
-        return state == "online"
 
     def heard(self) -> None:
         """Note a sign of the coordinator, whatever it was."""

@@ -212,7 +212,7 @@ class EmulatedTransport:
                 self._bytes_received += len(came.payload)
         return came
 
-    def close(self) -> None:
+    def close(self, last_word: bytes | None = None) -> None:
         """Give what is on its way up two seconds, then close the inner transport."""
         if self._is_closed:
             return
@@ -226,7 +226,7 @@ class EmulatedTransport:
             self._sender.join()
             self._listener.join()
             self._link.down.forget(self._owner)
-        self._inner.close()
+        self._inner.close(last_word)
 
     def _drained(self, timeout_s: float) -> bool:
         with self._counting:

@@ -87,7 +87,10 @@ _STATUS: Document = {
         "type": "object",
         "required": ["state"],
         "properties": {
-            "state": {"enum": ["online", "offline"]},
+            "state": {
+                "enum": ["online", "offline", "finished"],
+                "description": "Only a coordinator is finished: its run is complete.",
+            },
             "instance": {
                 "type": "string",
                 "description": "The first half of the session ids of this start of the agent.",

@@ -98,8 +98,11 @@ class Transport(Protocol):
             TransportError: the link failed for good (the broker now refuses us, say).
         """
 
-    def close(self) -> None:
-        """Publish the death notice, disconnect, and stop every thread. May be called twice."""
+    def close(self, last_word: bytes | None = None) -> None:
+        """Publish the death notice, disconnect, and stop every thread. May be called twice.
+
+        ``last_word`` is published in place of the death notice.
+        """
 
 
 def check_size(

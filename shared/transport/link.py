@@ -97,9 +97,9 @@ class MessageLink:
         self._transport.start(filters, timeout_s=timeout_s)
         self._chunk_bytes = chunking.chunk_size(self._transport.max_payload_bytes)
 
-    def close(self) -> None:
-        """Close the transport."""
-        self._transport.close()
+    def close(self, last_word: bytes | None = None) -> None:
+        """Close the transport; ``last_word``: what to publish in place of its death notice."""
+        self._transport.close(last_word)
 
     def send(self, topic: Topic, message: Message) -> None:
         """Send one message; what a large one may not yet send goes out as credit arrives."""

@@ -226,9 +226,9 @@ class MemoryTransport:
             self._bytes_received += len(event.payload)
         return event
 
-    def close(self) -> None:
-        """Publish the death notice and disconnect. May be called twice."""
-        self._leave()
+    def close(self, last_word: bytes | None = None) -> None:
+        """Publish the death notice, or ``last_word``, and disconnect. May be called twice."""
+        self._leave(last_word)
 
     # --- what tests do to a client ------------------------------------------------------------
 
@@ -278,16 +278,17 @@ class MemoryTransport:
         if self._will is not None:
             self._broker.publish(self._will.topic, self._will.birth, sender=self.name)
 
-    def _leave(self) -> None:
+    def _leave(self, last_word: bytes | None = None) -> None:
         was_up, self._is_up, self._is_gone = self._is_up, False, True
         self._due.clear()
         self._broker.detach(self)
         if was_up:
-            self._publish_death()
+            self._publish_death(last_word)
 
-    def _publish_death(self) -> None:
+    def _publish_death(self, last_word: bytes | None = None) -> None:
         if self._will is not None:
-            self._broker.publish(self._will.topic, self._will.death, sender=self.name)
+            word = last_word or self._will.death
+            self._broker.publish(self._will.topic, word, sender=self.name)
 
 
 def matches(pattern: str, topic: str) -> bool:

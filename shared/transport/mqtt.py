@@ -174,14 +174,17 @@ class MqttTransport:
         """Wait until the broker has acknowledged what was published on the data lane last."""
         return self._lanes["sending"].flush(timeout_s)
 
-    def close(self) -> None:
-        """Publish the death notice, disconnect, and stop every thread. May be called twice."""
+    def close(self, last_word: bytes | None = None) -> None:
+        """Publish the death notice, disconnect, and stop every thread. May be called twice.
+
+        ``last_word`` is published in place of the death notice.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         control = self._lanes.get("control")
         if self._will is not None and control is not None and control.ready:
-            control.publish(self._will.topic, self._will.death)
+            control.publish(self._will.topic, last_word or self._will.death)
         self._close_lanes()
 
     # --- the three lanes ---------------------------------------------------------------------

@@ -455,6 +455,22 @@ def test_each_change_of_the_coordinators_state_is_told_once(told):
     assert told() == ["the coordinator is online (run run-2)"]
 
 
+def test_one_that_was_away_at_the_end_hears_of_it_when_it_is_back(told):
+    talk = Talk()
+    status(talk, state="finished", run_id="run")
+    with pytest.raises(RunOverError, match="the run is complete") as over:
+        talk.nano.take(frozenset())
+    assert not over.value.finished.failed
+    assert told() == ["run run is complete"]
+
+
+@pytest.mark.parametrize("is_in", [False, True])
+def test_the_end_of_another_run_says_nothing_to_a_device(is_in):
+    talk = Talk(is_in=is_in)
+    status(talk, state="finished", run_id="another" if is_in else "run")
+    assert talk.nano.take(frozenset()) is None
+
+
 def test_a_broker_without_a_coordinator_is_told_once(told):
     talk = Talk(is_in=False)
     talk.clock.advance(SILENCE_S - 0.1)
