@@ -11,6 +11,7 @@ import logging
 from collections.abc import Collection, Mapping
 
 from coordinator import answers
+from coordinator.deadlines import MOST_TIMEOUTS
 from coordinator.fleet import Fleet
 from coordinator.membership import Membership, StaleRequestError
 from coordinator.planning.cost_book import fitted
@@ -146,15 +147,18 @@ class Assigner:
         for member in waiting:
             if member.device_id in plans:
                 # It may have waited long for slower ones: its time to prepare begins now.
-                member.changing, member.asked_s = True, self._clock.monotonic_s()
+                member.changing = True
+                member.asked_s = member.changing_s = self._clock.monotonic_s()
                 self._assign(member, plans[member.device_id])
 
     @property
     def is_changing(self) -> bool:
         """Whether the next round should wait for members that prepare another part for it."""
-        now = self._clock.monotonic_s()
+        now, quiet_s = self._clock.monotonic_s(), self._rules.step_timeout_s
         for member in self._members.registry:
-            if member.changing and now - member.asked_s > self._rules.step_timeout_s:
+            asks_nothing = now - member.asked_s > quiet_s
+            asks_for_ever = now - member.changing_s > MOST_TIMEOUTS * quiet_s
+            if member.changing and (asks_nothing or asks_for_ever):
                 logger.warning("%s prepares its new part for too long", member.device_id)
                 # It misses a hand-back, so whatever it keeps is of no use any more.
                 member.changing, member.stage, member.fresh = False, Stage.JOINED, True

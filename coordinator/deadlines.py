@@ -14,7 +14,7 @@ from shared.protocol.messages import DeviceId
 LEAST_S: Final = 30.0
 """Of a step: a first one compiles, reads from disk, fills caches."""
 MOST_TIMEOUTS: Final = 10.0
-"""Nothing, and no claim of a device about itself, makes a step wait for more `step_timeout_s`."""
+"""Nothing, and no claim of a device about itself, makes anybody wait for more `step_timeout_s`."""
 
 
 def allowances(

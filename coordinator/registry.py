@@ -41,7 +41,8 @@ class Member:
 
     ``waiting``: the call to answer with a part, the next round, or the end.
     ``fresh``: the device holds no adapters of an earlier hand-back.
-    ``changing``: it took part in the last round, and prepares another part for the next.
+    ``changing``: it took part in the last round, and prepares another part for the next,
+    since ``changing_s``.
     ``most_blocks``: what it could prepare at most, where it once could not.
     """
 
@@ -57,6 +58,7 @@ class Member:
     waiting: Call | None = None
     fresh: bool = True
     changing: bool = False
+    changing_s: float = 0.0
     most_blocks: int | None = None
     data: DataShape | None = None
     measurements: Measurements | None = None

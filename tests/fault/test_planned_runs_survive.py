@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 
 from coordinator.aggregation import SERVER
+from coordinator.deadlines import MOST_TIMEOUTS
 from coordinator.registry import Stage
 from shared.errors import HsplitError, MemoryFullError
-from shared.protocol.messages import Assignment, EvaluationResult, Ready
+from shared.protocol.messages import Assignment, EvaluationResult, PieceRequest, Ready
 from shared.protocol.profile import BlockPoint, LinkMeasurement
 from tests.support.faults import DISTURBANCES, KINDS, RandomFaults, Rule, ScriptedFaults
 from tests.support.law_4 import weights_compared
@@ -215,6 +216,30 @@ def test_a_long_change_leaves_time_to_come_back_after_it(tmp_path, monkeypatch):
     add(sim, "c", SPEEDS["c"])
     sim.run()
     assert sim.coordinator.finished
+
+
+def test_one_that_prepares_for_ever_is_not_waited_for(tmp_path, monkeypatch):
+    """It asks for the same bytes again and again, so it is never silent."""
+    sim = planned(tmp_path, rules={"min": 2, "lost_after_s": 1e6, "step_timeout_s": 20.0})
+    dictate(monkeypatch, sim, {1: {"c": 2}})
+    sim.run(until=lambda: is_changing(sim, "c"))
+    agent, began_s, asked_s = sim.devices["c"].agent, sim.clock.monotonic_s(), []
+    piece = sim.coordinator._store.describe().pieces[0]
+
+    def ask(_timeout_s):
+        if sim.clock.monotonic_s() < began_s + 5 * len(asked_s):
+            return agent._conversation.pump(0.0)
+        asked_s.append(sim.clock.monotonic_s())
+        agent._conversation.post(
+            lambda call: PieceRequest(call=call, sha256=piece.sha256, offset=0, length=1)
+        )
+        return True
+
+    monkeypatch.setattr(agent, "turn", ask)
+    sim.run(until=lambda: sim.coordinator.finished)
+    sim.reporter.close()
+    assert len(asked_s) > 20
+    assert sim.clock.monotonic_s() - began_s < 20.0 * MOST_TIMEOUTS + 20
 
 
 def is_changing(sim, name):
