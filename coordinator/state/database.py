@@ -127,7 +127,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     _check_ours(connection, path)
     (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if found != "ok":
-        raise StorageError(f"{path} is damaged ({found}); {_AWAY}")
+        raise StorageError(f"{path} is damaged ({' '.join(found.split())}); {_AWAY}")
     (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
         raise StorageError(

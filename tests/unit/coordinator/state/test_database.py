@@ -65,6 +65,20 @@ def test_a_torn_database_is_refused_with_what_to_do(how, tmp_path):
         state_in(tmp_path, resumed_round=2)
 
 
+def test_damage_where_nobody_looks_at_first_is_found_at_the_start(tmp_path):
+    path = written(tmp_path)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        (root,) = db.execute(
+            "SELECT rootpage FROM sqlite_schema WHERE name = 'contributions'"
+        ).fetchone()
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+    with path.open("r+b") as file:
+        file.seek((root - 1) * size)
+        file.write(bytes(size))
+    with pytest.raises(StorageError, match=r"state\.sqlite is damaged.*move it away"):
+        state_in(tmp_path, resumed_round=2)
+
+
 def test_the_database_of_another_program_is_left_alone(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / STATE_FILE)) as other:
         other.execute("CREATE TABLE notes (text)")

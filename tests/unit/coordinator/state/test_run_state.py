@@ -67,8 +67,8 @@ def test_a_round_its_steps_and_whose_gradients_are_in_them(tmp_path, state, cloc
     opened(state, 1)
     trained(state, 0, BOTH)
     clock.advance(61.5)
-    trained(state, 1, {"orin": (6,)})
-    close(state, [ORIN], {NANO: 7, ORIN: 11})
+    trained(state, 1, {"nano": (6,)})
+    close(state, [ORIN], {NANO: 13, ORIN: 5})
     state.round_closed(1)
     columns = "round, attempt, state, first_step, end_step, opened_at, closed_at, aggregation_error"
     times = ("1970-01-01T00:00:00.000+00:00", "1970-01-01T00:01:01.500+00:00")
@@ -76,11 +76,11 @@ def test_a_round_its_steps_and_whose_gradients_are_in_them(tmp_path, state, cloc
     assert rows(tmp_path, "SELECT step, device, target_tokens, micro_batches FROM counted") == [
         (0, "nano", 7, 2),
         (0, "orin", 5, 1),
-        (1, "orin", 6, 1),
+        (1, "nano", 6, 1),
     ]
     assert rows(tmp_path, "SELECT device, target_tokens FROM participants") == [
-        ("nano", 7),
-        ("orin", 11),
+        ("nano", 13),
+        ("orin", 5),
     ]
     assert outcomes(tmp_path) == {
         "nano": ("lost", "it did not deliver"),
