@@ -350,6 +350,7 @@ class Coordinator:
             )
         logger.warning("round %d: every device was lost, it is repeated", number)
         self._model.void_round()
+        self._reporter.round_void((number - 1) * self._settings.rounds.steps)
 
     def _save(self, *, round_: int) -> None:
         step = round_ * self._settings.rounds.steps

@@ -41,6 +41,7 @@ class MetricsWriter:
             StorageError: the folder cannot be written.
         """
         self._clock = clock
+        self._folder = run_folder
         self._file = json_lines.opened(run_folder / METRICS_FILE, resumed_step=resumed_step)
         self._events = _open_events(run_folder, resumed_step) if tensorboard else None
 
@@ -58,6 +59,17 @@ class MetricsWriter:
             with uninterrupted():  # they go to a thread of TensorBoard's, through a queue
                 for name, value in values.items():
                     self._events.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was measured after ``step`` steps: a round is repeated.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        self.close()
+        self._file = json_lines.opened(self._folder / METRICS_FILE, resumed_step=step)
+        if self._events is not None:
+            self._events = _open_events(self._folder, step)
 
     def close(self) -> None:
         """Close the files. May be called twice."""

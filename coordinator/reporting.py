@@ -168,6 +168,11 @@ class Reporter:
         if self._journal is not None:
             self._journal.importance(round_, step, scores)
 
+    def round_void(self, step: int) -> None:
+        """Forget what a round did that is repeated from ``step`` steps on."""
+        self._writer.rewind(step)
+        self.tallies.steps = step
+
     def micro_batch(self, device: DeviceId, loss_sum: float, target_tokens: int) -> None:
         """Add one training micro-batch of the open step."""
         self._step_losses.setdefault(device, _Mean()).add(loss_sum, target_tokens)

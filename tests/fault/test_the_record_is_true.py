@@ -250,6 +250,8 @@ def test_of_a_round_that_every_device_left(recorded):
     assert attempts == [(1, "void", "every device was lost"), (2, "closed", "3 delivered")]
     kept = run.rows("SELECT DISTINCT step FROM contributions WHERE (round, attempt) = (2, 1)")
     assert kept == [(2,)]
+    measured = [line["step"] for line in run.sim.metrics() if "train/loss" in line]
+    assert measured == [1, 2, 3, 4], "of the repeated round once"
 
 
 @pytest.mark.parametrize("phase", ["round 1, step 1", "round 2, step 3", "round 3, step 4"])

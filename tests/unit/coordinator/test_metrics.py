@@ -54,6 +54,20 @@ def test_a_resumed_run_drops_what_it_will_measure_again(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_what_a_repeated_round_measures_again_stands_there_once(tmp_path, tensorboard):
+    with contextlib.closing(
+        MetricsWriter(tmp_path, FakeClock(), tensorboard=tensorboard)
+    ) as writer:
+        for step in (1, 2, 3):
+            writer.write({"train/loss": 10.0 - step}, round_=1, step=step)
+        writer.rewind(1)
+        writer.write({"train/loss": 5.0}, round_=1, step=2)
+    assert [line["train/loss"] for line in read_metrics(tmp_path)] == [9.0, 5.0]
+    if tensorboard:
+        assert scalars(tmp_path, "train/loss") == [(1, 9.0), (2, 5.0)]
+
+
 def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path):
     write_steps(tmp_path, [1])
     with (tmp_path / "metrics.jsonl").open("a") as file:
