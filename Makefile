@@ -146,7 +146,7 @@ bench-recovery: install mosquitto ## How soon a run goes on after kills, restart
 	$(BIN)/python -m tests.testbed.bench_recovery $(BENCH_ARGS)
 
 .PHONY: soak
-soak: install mosquitto ## Whether any program grows over 12,000 steps (20 min)
+soak: install mosquitto ## Whether any program grows over 12,000 steps (half an hour)
 	$(BIN)/python -m tests.testbed.soak $(BENCH_ARGS)
 
 .PHONY: fuzz
