@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import sys
@@ -22,14 +23,16 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from coordinator.settings import StrategyName
 from coordinator.strategies import STRATEGIES, named
-from shared.terms import LabelMode
+from shared.terms import ComputeDtype, LabelMode
 from tests.support.simulation import Simulation
 from tests.testbed.bench_report import write_report
 
@@ -41,7 +44,6 @@ DEVICES: Mapping[str, Mapping[str, Any]] = {
     "large": {"split_layer": 4, "r": 16, "lora_alpha": 32.0},
 }
 """An unequal fleet; a strategy takes of it what it can: no ranks where all are alike, no cut."""
-CENTRAL: Mapping[str, Mapping[str, Any]] = {"all": {"batch": 24}}
 ALIKE_RANK, LARGEST_RANK = 8, 16
 METHODS = ("central", *STRATEGIES)
 TARGETS = ("query", "value", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -58,17 +60,21 @@ class Job:
     seed: int
     rounds: int
     steps: int
+    batch: int
     learning_rate: float
+    max_length: int
+    dtype: ComputeDtype
     labels: LabelMode
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What it came to: scores after each round, the first before any training."""
+    """What it came to: scores after each round, the first before any training; losses in each."""
 
     job: Job
     accuracy: tuple[float, ...]
     f1: tuple[float, ...]
+    training_loss: tuple[float, ...]
     seconds: float
     bytes_up: int
     bytes_down: int
@@ -77,26 +83,39 @@ class Outcome:
 def main() -> None:
     """Run what is asked for, print a table, write the figures."""
     options = _options()
-    torch.set_num_threads(options.threads)
-    base = _base(options.base)
-    found, majority = [], {}
-    for task in options.tasks:
-        training, held_out = (_rows(options.data / task / f"{part}.json") for part in PARTS)
-        classes = sorted({row["label"] for row in (*training, *held_out)})
-        majority[task] = _majority(held_out, classes)
-        print(f"{task}: {len(training)} pairs, {len(held_out)} held out; {_say(*majority[task])}")
-        for method in options.methods:
-            for seed in options.seeds:
-                job = Job(
-                    task, method, seed, options.rounds, options.steps, options.rate, options.labels
-                )
-                outcome = _run(job, base, training, held_out, classes=classes)
-                found.append(outcome)
-                print(_line(outcome), flush=True)
+    majority = {task: _majority(task, options.data) for task in options.tasks}
+    jobs = [
+        _job(task, method, seed, options=options)
+        for task in options.tasks
+        for seed in options.seeds
+        for method in options.methods
+    ]
+    work = partial(_run, base=_base(options.base), data=options.data, threads=options.threads)
+    found = []
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        for outcome in pool.imap(work, jobs):
+            found.append(outcome)
+            print(_line(outcome), flush=True)
+    print(_table(found))
     write_report("glue", {"majority": majority, "runs": [asdict(one) for one in found]})
 
 
 PARTS = ("train", "dev")
+
+
+def _job(task: str, method: str, seed: int, *, options: argparse.Namespace) -> Job:
+    return Job(
+        task=task,
+        method=method,
+        seed=seed,
+        rounds=options.rounds,
+        steps=options.steps,
+        batch=options.batch,
+        learning_rate=options.rate,
+        max_length=options.length,
+        dtype=options.dtype,
+        labels=options.labels,
+    )
 
 
 def _options() -> argparse.Namespace:
@@ -109,14 +128,18 @@ def _options() -> argparse.Namespace:
         "--methods",
         nargs="+",
         choices=METHODS,
-        default=["central", "hsplitlora", "hlora", "hetlora"],
+        default=["central", "hsplitlora", "hlora", "hetlora", "fedlora"],
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=30, help="in each round")
+    parser.add_argument("--steps", type=int, default=60, help="in each round")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--batch", type=int, default=8, help="of each device in a step")
+    parser.add_argument("--length", type=int, default=96, help="tokens of a pair, at most")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--labels", choices=("device", "server"), default="device")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="trainings at once")
+    parser.add_argument("--threads", type=int, default=1, help="of each")
     options = parser.parse_args()
     if options.data is None:
         sys.exit("this benchmark needs GLUE's data, which hsplit does not hold: say where it is, "
@@ -136,22 +159,28 @@ def _base(given: Path | None) -> Path:
     return Path(found.origin).with_name("model")
 
 
-def _rows(path: Path) -> list[Row]:
-    return list(json.loads(path.read_text()).values())
+def _parts(data: Path, task: str) -> tuple[list[Row], list[Row], list[str]]:
+    """Return what is learnt from, what is held out, and the classes."""
+    training, held_out = (
+        list(json.loads((data / task / f"{part}.json").read_text()).values()) for part in PARTS
+    )
+    return training, held_out, sorted({row["label"] for row in (*training, *held_out)})
 
 
-def _majority(rows: Sequence[Row], classes: Sequence[str]) -> tuple[float, float]:
-    """Return accuracy and F1 of saying the commonest class every time."""
-    counts = Counter(row["label"] for row in rows)
-    commonest, count = counts.most_common(1)[0]
-    share = count / len(rows)
-    return share, 2 * share / (1 + share) if commonest == classes[1] else 0.0
+def _majority(task: str, data: Path) -> tuple[float, float]:
+    """Return accuracy and F1 of saying the commonest class every time; print them."""
+    training, held_out, classes = _parts(data, task)
+    commonest, count = Counter(row["label"] for row in held_out).most_common(1)[0]
+    share = count / len(held_out)
+    f1 = 2 * share / (1 + share) if commonest == classes[1] else 0.0
+    print(f"{task}: {len(training)} pairs, {len(held_out)} held out; {_say(share, f1)}", flush=True)
+    return share, f1
 
 
-def _run(
-    job: Job, base: Path, training: Sequence[Row], held_out: Sequence[Row], *, classes: list[str]
-) -> Outcome:
-    strategy, plans = _fleet(job.method)
+def _run(job: Job, *, base: Path, data: Path, threads: int) -> Outcome:
+    torch.set_num_threads(threads)
+    training, held_out, classes = _parts(data, job.task)
+    strategy, plans = _fleet(job)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "base").symlink_to(base.resolve())
@@ -167,23 +196,30 @@ def _run(
             sim.add_device(device, text=(text[0], text[1]))
         began_s = time.perf_counter()
         sim.run(limit_s=1e9)
-        lines = [line for line in sim.metrics() if "eval/accuracy" in line]
+        metrics = sim.metrics()
+        lines = [line for line in metrics if "eval/accuracy" in line]
         sim.reporter.measure()
         return Outcome(
             job=job,
             accuracy=tuple(line["eval/accuracy"] for line in lines),
             f1=tuple(line["eval/f1"] for line in lines),
+            training_loss=tuple(
+                line["round/train_loss"] for line in metrics if "round/train_loss" in line
+            ),
             seconds=time.perf_counter() - began_s,
             bytes_up=sim.reporter.tallies.bytes_up,
             bytes_down=sim.reporter.tallies.bytes_down,
         )
 
 
-def _fleet(method: str) -> tuple[StrategyName, Mapping[str, Mapping[str, Any]]]:
-    """Return the strategy of a method, and what it says of each device."""
-    if method == "central":
-        return "fedlora", CENTRAL
-    strategy = named(method)
+def _fleet(job: Job) -> tuple[StrategyName, Mapping[str, Mapping[str, Any]]]:
+    """Return the strategy of a method, and what it says of each device.
+
+    The one central device takes as many sequences in a step as all the devices together.
+    """
+    if job.method == "central":
+        return "fedlora", {"all": {"batch": len(DEVICES) * job.batch}}
+    strategy = named(job.method)
     row = STRATEGIES[strategy]
     left_out = {"split_layer"} if row.cut != "each" else set()
     left_out |= {"r", "lora_alpha"} if row.ranks == "one" else set()
@@ -202,7 +238,7 @@ def _settings(
     return {
         "strategy": strategy,
         "rounds": {"count": job.rounds, "steps": job.steps},
-        "plan": {"batch": 8, "micro_batch": 8, "devices": plans, **cut},
+        "plan": {"batch": job.batch, "micro_batch": job.batch, "devices": plans, **cut},
         "devices": {"min": len(plans), "wait_s": 1e6, "step_timeout_s": 1e6},
         "lora": {"r": rank, "lora_alpha": 2.0 * rank, "target_modules": TARGETS},
         "optimizer": {
@@ -212,7 +248,8 @@ def _settings(
         "training": {
             "task": "classification",
             "classes": classes,
-            "max_length": 128,
+            "max_length": job.max_length,
+            "dtype": job.dtype,
             "labels": job.labels,
             "seed": job.seed,
         },
@@ -238,8 +275,27 @@ def _line(one: Outcome) -> str:
     return (
         f"{one.job.task} {one.job.method:10} seed {one.job.seed}: "
         f"{_say(one.accuracy[-1], one.f1[-1])} ({one.seconds:.0f} s, "
-        f"{one.bytes_up / 1e6:.0f} MB up, {one.bytes_down / 1e6:.0f} MB down); by rounds {rounds}"
+        f"{one.bytes_up / 1e6:.0f} MB up, {one.bytes_down / 1e6:.0f} MB down); by rounds {rounds}, "
+        f"training loss {' '.join(f'{loss:.3f}' for loss in one.training_loss)}"
     )
+
+
+def _table(found: Sequence[Outcome]) -> str:
+    """Return one line per task and method: the mean over the seeds, and half their range."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for one in found:
+        groups.setdefault((one.job.task, one.job.method), []).append(one)
+    lines = ["", "| task | method | seeds | accuracy | F1 |", "|---|---|---|---|---|"]
+    for (task, method), runs in groups.items():
+        accuracy = _spread([one.accuracy[-1] for one in runs])
+        f1 = _spread([one.f1[-1] for one in runs])
+        lines.append(f"| {task} | {method} | {len(runs)} | {accuracy} | {f1} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    half = (max(values) - min(values)) / 2
+    return f"{100 * fmean(values):.1f} ± {100 * half:.1f}"
 
 
 def _say(accuracy: float, f1: float) -> str:
