@@ -70,7 +70,9 @@ def allowance(
     first_s, step_s = seconds(plan.batch + probe_sequences), seconds(plan.batch)
     return Allowance(
         quiet_s=rules.step_timeout_s,
-        evaluate_s=seconds(evaluation_sequences),
+        # A device measures importance before it hands in its evaluation (or, as the protocol lets
+        # it, after that).
+        evaluate_s=seconds(evaluation_sequences + probe_sequences),
         first_step_s=first_s,
         step_s=step_s,
         alone_s=first_s + max(0, steps - 1) * step_s,

@@ -37,6 +37,11 @@ def test_what_is_probed_before_the_first_step_comes_on_top():
     assert found.alone_s == 80.0 * (3 + 4)
 
 
+def test_what_is_probed_is_part_of_the_evaluation_that_it_is_handed_in_with():
+    assert allowed(20.0, probe_sequences=16).evaluate_s == 80.0 * 2
+    assert allowed(20.0, probe_sequences=16, evaluation_sequences=8).evaluate_s == 80.0 * 3
+
+
 def test_a_quick_device_has_time_to_get_going():
     assert allowed(0.01).step_s == LEAST_S
 
