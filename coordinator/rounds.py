@@ -110,10 +110,10 @@ Instruction: TypeAlias = CloseEvaluation | CloseStep | CloseRound | LeaveOut
 class Allowance:
     """How many seconds a round waits for one device; the server's own work is not among them.
 
-    ``quiet_s``: with no request of it and nothing moving on its link (a device that trains alone
-    is quiet by nature). ``evaluate_s``, ``first_step_s``, ``step_s``: in all, until it evaluated,
-    until its part of the round's first and of each later step is in, and then until its adapters
-    are. ``alone_s``: all steps and the adapters of one that trains alone.
+    ``quiet_s``: with no request of it and nothing moving on its link (one that trains alone is
+    quiet by nature, and evaluates alone, too). ``evaluate_s``, ``first_step_s``, ``step_s``: in
+    all, until it evaluated, until its part of the round's first and of each later step is in, and
+    then until its adapters are. ``alone_s``: all steps and the adapters of one that trains alone.
     """
 
     quiet_s: float = 300.0
@@ -241,8 +241,7 @@ class Round:
         allowed = self._allowances.get(device, Allowance())
         most_s = self._allowed_s(device, allowed)
         is_silent = self._quiet_s.get(device, 0.0) > allowed.quiet_s
-        trains_alone = device in self._alone and not self._to_evaluate
-        return self._waited_s.get(device, 0.0) > most_s or (is_silent and not trains_alone)
+        return self._waited_s.get(device, 0.0) > most_s or (is_silent and device not in self._alone)
 
     def _allowed_s(self, device: DeviceId, allowed: Allowance) -> float:
         if self._to_evaluate:

@@ -278,6 +278,13 @@ def test_one_that_trains_alone_is_quiet_by_nature_but_not_for_ever():
     assert ticks(round_, 1) == [LeaveOut(PI, 71.0), CloseRound((NANO,))]
 
 
+def test_one_that_evaluates_alone_is_quiet_meanwhile_too():
+    round_ = patient_round(exchanging=(NANO,), alone=(PI,), evaluated=False)
+    round_.handle(Evaluated(NANO))
+    assert ticks(round_, 50) == []
+    assert ticks(round_, 1) == [LeaveOut(PI, 51.0), CloseEvaluation((NANO,))]
+
+
 def test_several_may_be_late_at_once():
     round_ = patient_round()
     assert ticks(round_, 11) == [LeaveOut(NANO, 11.0), LeaveOut(ORIN, 11.0), CloseRound(())]
