@@ -355,6 +355,7 @@ class Fleet:
                 "positions": anchors,
                 "importance": self.importance.state(),
                 "ranked_by": self._ranked_by.state(),
+                "most": {device: list(most) for device, most in self._most.items()},
             }
         }
 
@@ -373,7 +374,9 @@ class Fleet:
             }
             self.importance = Importance.restored(saved["importance"])
             self._ranked_by = Importance.restored(saved["ranked_by"])
-        except (KeyError, TypeError, AttributeError) as error:
+            limits = saved.get("most", {}).items()  # an older version had none
+            self._most = {DeviceId(device): (int(k), int(batch)) for device, (k, batch) in limits}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StorageError(f"the checkpoint's plans are damaged: {error!r}") from error
 
 

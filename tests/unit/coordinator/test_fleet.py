@@ -226,3 +226,18 @@ def test_what_it_learnt_goes_through_a_checkpoint():
     again.resume({})  # of a version that knew no fleet
     with pytest.raises(StorageError, match="damaged"):
         again.resume({STATE: {"positions": {"a": {"step": 1}}}})
+
+
+def test_who_was_given_less_for_the_rest_of_the_run_has_less_after_a_restart_too():
+    known = fleet()
+    one = member("a", FAST)
+    joined(known, one)
+    before = one.plan
+    known.lighten(one)
+    again = fleet()
+    again.resume(json.loads(json.dumps(known.state())))
+    joined(again, one)
+    assert one.plan.split_layer <= max(1, before.split_layer // 2)
+    assert one.plan.batch == before.batch // 2
+    with pytest.raises(StorageError, match="damaged"):
+        again.resume({STATE: {**known.state()[STATE], "most": {"a": [1]}}})
