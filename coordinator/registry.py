@@ -156,7 +156,7 @@ class Registry:
     def excuse(self, now_s: float) -> None:
         """Count no silence until now against anybody: we could have heard nobody, nor they us."""
         for member in self:
-            member.asked_s = now_s
+            member.asked_s = member.changing_s = now_s
             member.heard_s = now_s + RECONNECT_S
             member.book.doubt()
 

@@ -169,7 +169,7 @@ def test_what_nobody_could_hear_is_held_against_nobody():
     made = registry(FIRST)
     made.excuse(100.0)
     assert made.lost(100.0 + RECONNECT_S + LOST_AFTER_S - 0.1) == []
-    assert [m.asked_s for m in made] == [100.0]
+    assert [(m.asked_s, m.changing_s) for m in made] == [(100.0, 100.0)]
     assert len(made.lost(100.0 + RECONNECT_S + LOST_AFTER_S)) == 1
 
 
