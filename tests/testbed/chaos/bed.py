@@ -103,7 +103,6 @@ class Bed:
     notes: list[str] = field(default_factory=list)
     kept: dict[int, list[str]] = field(default_factory=dict)
     disk: Disk | None = None
-    broker_is_down: bool = False
 
     @property
     def run_folder(self) -> Path:
@@ -114,9 +113,9 @@ class Bed:
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self.broker = stack.enter_context(Mosquitto(self.folder))
-            links = stack.enter_context(Links(self.broker.port, self.seed))
+            self._network = stack.enter_context(Links(self.broker.port, self.seed))
             self.links: Mapping[str, Link] = {
-                name: links.open() for name in (COORDINATOR, *DEVICES)
+                name: self._network.open() for name in (COORDINATOR, *DEVICES)
             }
             stack.callback(self._close_programs)
             self._stack = stack.pop_all()
@@ -140,6 +139,19 @@ class Bed:
         )
         broker = {"url": self.links[COORDINATOR].url, "keepalive_s": KEEPALIVE_S}
         (self.folder / "run.yaml").write_text(yaml.safe_dump({**settings, "broker": broker}))
+
+    def kill_broker(self) -> bool:
+        """Kill the broker; False where it is dead already."""
+        if not self._network.has_broker:
+            return False
+        self.broker.kill()
+        self._network.lose_broker()
+        return True
+
+    def start_broker(self) -> None:
+        """Start it again, on the same port."""
+        self.broker.start()
+        self._network.find_broker()
 
     # --- programs -----------------------------------------------------------------------------
 

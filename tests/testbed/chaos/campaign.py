@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
@@ -70,7 +71,9 @@ class Result:
 def one(seed: int, *, keep: Path | None, without: Collection[str]) -> Result:
     """Carry out one schedule in this process; ``keep``: where the folder of a failure goes."""
     schedule = drawn(seed, without=without)
-    with tempfile.TemporaryDirectory(prefix=f"chaos-{seed}-") as temporary:
+    with tempfile.TemporaryDirectory(
+        prefix=f"chaos-{seed}-", ignore_cleanup_errors=True
+    ) as temporary:
         folder = Path(temporary)
         material = Material.written(folder / "material")
         run_folder = folder / "run"
@@ -94,16 +97,24 @@ def campaign(
     seeds: Sequence[int], *, processes: int, keep: Path | None, without: Collection[str]
 ) -> Iterator[Result]:
     """Yield each schedule's result, in order; ``processes`` at once."""
-    work = partial(one, keep=keep, without=without)
+    work = partial(_in_worker, keep=keep, without=without)
     with ProcessPoolExecutor(
         processes, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare
     ) as pool:
         yield from pool.map(work, seeds)
 
 
+def _in_worker(seed: int, **choices: Any) -> Result:
+    try:
+        return one(seed, **choices)
+    except SystemExit:
+        os._exit(1)  # all is cleaned up, and the pool would give it another one
+
+
 def _prepare() -> None:
     """Let a worker end with its campaign, and clean up when it does."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(1))
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
     torch.set_num_threads(1)
 

@@ -70,13 +70,9 @@ def broker_restarted(down_s: float) -> Act:
     """Kill the broker, which forgets everything, and start it again."""
 
     def act(bed: Bed) -> Iterator[float]:
-        if bed.broker_is_down:
-            return
-        bed.broker_is_down = True
-        bed.broker.kill()
-        yield down_s
-        bed.broker.start()
-        bed.broker_is_down = False
+        if bed.kill_broker():
+            yield down_s
+            bed.start_broker()
 
     return act
 

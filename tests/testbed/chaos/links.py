@@ -34,6 +34,7 @@ class Links:
 
     def __enter__(self) -> Links:
         self.random = random.Random(self.seed)
+        self.has_broker = True
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="links")
         self._thread.start()
@@ -54,6 +55,19 @@ class Links:
         self._opened.append(link)
         return link
 
+    def lose_broker(self) -> None:
+        """Behave as the broker's machine does where no broker listens."""
+        self._set_broker(False)
+
+    def find_broker(self) -> None:
+        """It listens again."""
+        self._set_broker(True)
+
+    def _set_broker(self, there: bool) -> None:
+        self.has_broker = there
+        for link in self._opened:
+            self._do(link.settle)
+
     def _do(self, act: Callable[[], object]) -> None:
         """Act in the loop's thread; return when it is done."""
 
@@ -70,6 +84,7 @@ class Link:
 
     def __init__(self, links: Links) -> None:
         self._links = links
+        self._is_cut = False
         self._odds = Odds()
         self._ways = _ways(links.bytes_per_s)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -94,13 +109,16 @@ class Link:
 
     def cut(self) -> None:
         """Break what is connected, and refuse whoever comes."""
-        self._links._do(self._break)
+        self._is_cut = True
+        self._links._do(self.settle)
 
     def mend(self) -> None:
         """Let everything through as it comes, at the usual speed."""
         self._ways = _ways(self._links.bytes_per_s)
         self._odds = Odds()
-        self._links._do(self._open_again)
+        self._is_cut = False
+        self._links._do(self._moving.set)
+        self._links._do(self.settle)
 
     def stall(self) -> None:
         """Let nothing through, and tell nobody."""
@@ -114,14 +132,13 @@ class Link:
         """Hand packets on twice, or late."""
         self._odds = odds
 
-    def _break(self) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-
-    async def _open_again(self) -> None:
-        self._moving.set()
-        if not self._server.is_serving():
+    async def settle(self) -> None:
+        """Refuse and break what cannot be, in the loop's thread; who is unplugged hears nothing."""
+        if self._is_cut or (not self._links.has_broker and self._moving.is_set()):
+            self._server.close()
+            for task in self._tasks:
+                task.cancel()
+        elif not self._server.is_serving():
             self._server = await asyncio.start_server(self._accept, "127.0.0.1", self._port)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

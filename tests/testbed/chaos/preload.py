@@ -9,6 +9,7 @@ for _name in (
     "edge_agent.cli",
     "edge_agent.program",
     "edge_agent.backends.torch_backend",
+    "tests.testbed.chaos.programs",
     # What the export asks transformers for by name.
     "transformers.models.gpt2.modeling_gpt2",
 ):

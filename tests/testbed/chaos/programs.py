@@ -3,7 +3,7 @@
 One process (multiprocessing's fork server) imports everything and then only forks. A program is a
 process of its own: it runs the real ``main`` with real arguments, its output goes to a file, and
 it ends by any signal. Beside a console script only this is other: what is registered with
-`atexit` does not run at its end, it dies with the fork server, and there is no matplotlib, so a
+`atexit` does not run at its end, it dies with whoever started it, and there is no matplotlib, so a
 run ends without its page (which would take longer than the run).
 """
 
@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -118,6 +119,8 @@ def _in_environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _main(program: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    # The fork server lives as long as anybody holds this: let that be who starts programs alone.
+    os.close(forkserver._forkserver._forkserver_alive_fd)
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

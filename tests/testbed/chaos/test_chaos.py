@@ -137,8 +137,8 @@ def test_the_broker_restarted_amid_packets_that_come_twice_and_late(
     calm, material, starter, tmp_path
 ):
     strikes = [
-        at(0, "packets", "c", faults.link_disturbed("c", "disordered", 600)),
-        at(0, "packets", COORDINATOR, faults.link_disturbed(COORDINATOR, "disordered", 600)),
+        at(0, "packets", "c", faults.link_disturbed("c", "disordered", 3.0)),
+        at(0, "packets", COORDINATOR, faults.link_disturbed(COORDINATOR, "disordered", 3.0)),
         at(2, "broker", "broker", faults.broker_restarted(0.5)),
     ]
     done, found = judged(strikes, material, starter, tmp_path, patient=True)

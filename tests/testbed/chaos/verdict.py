@@ -20,8 +20,9 @@ from tests.testbed.chaos.ledger import AcceptedRound, accepted_rounds, repeated_
 from tests.testbed.chaos.replay import MiscountedError, Replay
 from tests.testbed.chaos.trial import Trial
 
-KILLED, TERMINATED = -9, 143
-ON_PURPOSE = {0, KILLED, TERMINATED}
+KILLED, TERMINATED, TERMINATED_AT_ONCE = -9, 143, -15
+ON_PURPOSE = {0, KILLED, TERMINATED, TERMINATED_AT_ONCE}
+"""At once: before the program had got as far as to take SIGTERM itself."""
 PREFIX = "base_model.model."
 
 
