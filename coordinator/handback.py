@@ -29,6 +29,8 @@ from shared.terms import HandBackMode
 
 MEAN_MODES: Final = frozenset({"average", "zero-pad"})
 """Modes that hand back mean factors as they are."""
+WIRE_ITEM_BYTES: Final = 4
+"""Factors travel in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,25 @@ class HandBack:
             for module, adapter in adapters.items()
             if adapter.trainable.rank > 0 or adapter.frozen is not None or not holder.fresh
         }
+
+    def bytes_to(self, name: str) -> int:
+        """Return how many bytes of factors `adapters_of` has at most, without making them."""
+        holder = self.holders[name]
+        modules = [m for m in self.update if m in self.replaced and _holds(holder, m)]
+        frozen = {module: self._frozen(module, holder) for module in modules}
+        ranks = {
+            module: holder.ranks.get(module, 0) + (0 if rest is None else rest.rank)
+            for module, rest in frozen.items()
+        }
+        return self._bytes(ranks)
+
+    def bytes_from(self, name: str) -> int:
+        """Return how many bytes of factors holder ``name`` delivers after the round."""
+        return self._bytes(self.holders[name].ranks)
+
+    def _bytes(self, ranks: Mapping[str, int]) -> int:
+        shapes = {module: self.update[module].total.shape for module in ranks}
+        return sum(rank * sum(shapes[module]) for module, rank in ranks.items()) * WIRE_ITEM_BYTES
 
     def _adapter(self, module: str, holder: Holder) -> ModuleAdapter:
         rank = holder.ranks.get(module, 0)

@@ -72,6 +72,7 @@ class RoundOpener:
                 alone=alone,
                 allowances=allowances(
                     members,
+                    handed=handed,
                     step_s=self._fleet.step_seconds(),
                     steps=steps,
                     probe_sequences=probe,

@@ -113,13 +113,15 @@ class Allowance:
     ``quiet_s``: with no request of it and nothing moving on its link (one that trains alone is
     quiet by nature, and evaluates alone, too). ``evaluate_s``, ``first_step_s``, ``step_s``: in
     all, until it evaluated, until its part of the round's first and of each later step is in, and
-    then until its adapters are. ``alone_s``: all steps and the adapters of one that trains alone.
+    then until its adapters are; ``hand_in_s``: for these, beside ``step_s``. ``alone_s``: all
+    steps and the adapters of one that trains alone.
     """
 
     quiet_s: float = 300.0
     evaluate_s: float = 3000.0
     first_step_s: float = 3000.0
     step_s: float = 3000.0
+    hand_in_s: float = 0.0
     alone_s: float = 3000.0
 
 
@@ -248,6 +250,8 @@ class Round:
             return allowed.evaluate_s
         if device in self._alone:
             return allowed.alone_s
+        if self.step == self.end_step:
+            return allowed.step_s + allowed.hand_in_s
         return allowed.first_step_s if self.step == self.first_step else allowed.step_s
 
     def _wait_anew(self, devices: Iterable[DeviceId]) -> None:

@@ -14,8 +14,9 @@ from shared.errors import HsplitError, QuorumError
 from shared.protocol.messages import Activations, RoundResult
 from shared.protocol.tensors import pack, unpack
 from tests.support.faults import Rule, ScriptedFaults
+from tests.support.fleets import Machine
 from tests.support.outcomes import PLANS, USUAL, difference, outcome_of, trio
-from tests.support.planned import planned
+from tests.support.planned import add_measured, planned
 from tests.support.traffic import message_in
 
 TWO_OF_THREE = {**USUAL, "min": 2, "expected": 3}
@@ -251,3 +252,19 @@ def test_a_machine_that_measured_itself_is_given_the_time_that_it_needs(tmp_path
     sim.run()
     assert rounds == []
     assert outcome_of(sim).tokens["c"] > 0
+
+
+def test_what_a_device_starts_from_and_delivers_has_its_time_on_its_link(tmp_path):
+    """Of a small batch and of much that was learnt, factors are more than a step's activations."""
+    rules = {**USUAL, "min": 4, "expected": 4}
+    sim = planned(tmp_path, rules=rules, rounds={"count": 2, "steps": 1}, plan=WITHOUT_PROBES)
+    slow = Machine(uplink=2e3, downlink=1e3)
+    add_measured(sim, "slow", slow)
+    sim.run(until=lambda: "round 2" in sim.coordinator.phase)
+    driver = sim.coordinator._driver
+    allowed, handed = driver.round._allowances["slow"], driver._handed
+    factor = sim.config.devices.late_factor
+    assert allowed.hand_in_s == factor * handed.bytes_from("slow") / slow.uplink > 0.0
+    down_s = factor * handed.bytes_to("slow") / slow.downlink
+    assert allowed.evaluate_s >= LEAST_S + down_s > LEAST_S
+    finish(sim)

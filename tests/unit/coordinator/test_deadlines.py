@@ -14,7 +14,7 @@ MOST_S = 1000.0
 PLAN = DevicePlan(split_layer=2, batch=8, micro_batch=4, in_flight=2, ranks={}, scalings={})
 
 
-def allowed(predicted_s, *, steps=5, probe_sequences=0, evaluation_sequences=0):
+def allowed(predicted_s, *, steps=5, probe_sequences=0, evaluation_sequences=0, **more):
     return allowance(
         PLAN,
         predicted_s=predicted_s,
@@ -22,6 +22,7 @@ def allowed(predicted_s, *, steps=5, probe_sequences=0, evaluation_sequences=0):
         steps=steps,
         probe_sequences=probe_sequences,
         rules=RULES,
+        **more,
     )
 
 
@@ -57,3 +58,16 @@ def test_an_evaluation_has_time_for_each_of_its_sequences():
     assert allowed(20.0, evaluation_sequences=40).evaluate_s == 80.0 * 5
     assert allowed(20.0, evaluation_sequences=10**9).evaluate_s == MOST_S
     assert allowed(None, evaluation_sequences=1).evaluate_s == MOST_S
+
+
+def test_a_large_hand_back_over_a_slow_link_has_its_time_and_so_has_what_comes_back():
+    found = allowed(0.01, carried_s=(50.0, 20.0))
+    assert found.evaluate_s == LEAST_S + 4 * 50.0
+    assert (found.first_step_s, found.step_s, found.hand_in_s) == (LEAST_S, LEAST_S, 4 * 20.0)
+    assert found.alone_s == 5 * LEAST_S + 4 * 20.0
+
+
+@pytest.mark.parametrize("predicted_s", [None, 0.01])
+def test_nor_may_a_link_that_is_said_to_be_slow_keep_anybody_for_ever(predicted_s):
+    found = allowed(predicted_s, carried_s=(1e9, 1e9))
+    assert found.evaluate_s == found.step_s + found.hand_in_s == MOST_S

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coordinator.rounds import (
@@ -193,8 +195,8 @@ def test_a_closed_round_takes_no_notice():
 PATIENCE = Allowance(quiet_s=10.0, evaluate_s=50.0, first_step_s=40.0, step_s=20.0, alone_s=70.0)
 
 
-def patient_round(*, exchanging=(NANO, ORIN), alone=(), steps=3, evaluated=True):
-    allowances = dict.fromkeys((*exchanging, *alone), PATIENCE)
+def patient_round(*, exchanging=(NANO, ORIN), alone=(), steps=3, evaluated=True, patience=PATIENCE):
+    allowances = dict.fromkeys((*exchanging, *alone), patience)
     round_ = Round(
         1, first_step=10, steps=steps, exchanging=exchanging, alone=alone, allowances=allowances
     )
@@ -267,6 +269,15 @@ def test_adapters_that_never_come_are_not_waited_for():
     round_.handle(Delivered(ORIN, 5))
     assert ticks(round_, 11) == [LeaveOut(NANO, 11.0), CloseRound((ORIN,))]
     assert round_.target_tokens == {NANO: 5, ORIN: 5}, "its closed steps stay"
+
+
+def test_adapters_on_their_way_over_a_slow_link_have_the_time_that_they_need():
+    patient = replace(PATIENCE, hand_in_s=30.0)
+    round_ = patient_round(exchanging=(NANO,), steps=1, patience=patient)
+    assert ticks(round_, 40, active={NANO}) == []
+    train(round_, NANO)
+    assert ticks(round_, 50, active={NANO}) == []
+    assert ticks(round_, 1, active={NANO}) == [LeaveOut(NANO, 51.0), CloseRound(())]
 
 
 def test_one_that_trains_alone_is_quiet_by_nature_but_not_for_ever():

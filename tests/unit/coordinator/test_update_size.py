@@ -8,7 +8,8 @@ import pytest
 from coordinator.aggregation import SERVER, Contribution, aggregate, initial
 from coordinator.handback import Holder, hand_back
 from coordinator.update_size import adapters_size, classifier_size
-from shared.adapters import LoraPair
+from coordinator.wire_adapters import to_wire
+from shared.adapters import LoraPair, ModuleAdapter
 
 SHAPES = {"h.0.x": (6, 5), "h.1.x": (4, 7)}
 RATES = 0.25
@@ -32,6 +33,13 @@ def trained(random, start, *, by):
     a_RI = start.a_RI + by * random.normal(size=start.a_RI.shape)
     b_OR = start.b_OR + by * random.normal(size=start.b_OR.shape)
     return LoraPair(a_RI.astype(np.float32), b_OR.astype(np.float32), start.scaling)
+
+
+def wire_bytes(adapter):
+    """Return how many bytes of factors a module is in a message."""
+    (sent,) = to_wire({"m": adapter})
+    frames = (sent.a, sent.b, sent.frozen_a, sent.frozen_b)
+    return sum(frame.nbytes for frame in frames if frame is not None)
 
 
 def expected(before, after, holder):
@@ -58,6 +66,9 @@ def test_it_is_what_changed_since_the_round_began_whatever_was_handed_back(mode)
             given = handed.adapters_of(one.name)
             before = held[one.name] | {m: adapter.trainable for m, adapter in given.items()}
             after = {m: trained(random, pair, by=0.1) for m, pair in before.items()}
+            assert handed.bytes_to(one.name) == sum(map(wire_bytes, given.values()))
+            delivered = [ModuleAdapter(pair) for pair in after.values()]
+            assert handed.bytes_from(one.name) == sum(map(wire_bytes, delivered))
             size = adapters_size(
                 after, holder=one, update=handed.update, mode=mode, learning_rates=RATES
             )
