@@ -137,6 +137,9 @@ class Exchange:
         round_ = self._round
         if job.round != round_.number or member.device_id not in round_.participants:
             raise StaleRequestError(f"round {job.round} goes on without {member.device_id}")
+        if member.device_id not in round_.exchanging:
+            # The round would wait for none of it, and what it keeps open takes others' place.
+            raise ProtocolError(f"{member.device_id} holds the whole model and exchanges nothing")
         if isinstance(job, Activations):
             self._check(member, job)
         elif (_place(member, job), job.micro_batch) not in self._open:

@@ -170,6 +170,11 @@ class Round:
         return frozenset(self._exchanging | self._alone)
 
     @property
+    def exchanging(self) -> frozenset[DeviceId]:
+        """Whose activations go through the server, of those who still take part."""
+        return frozenset(self._exchanging)
+
+    @property
     def target_tokens(self) -> Mapping[DeviceId, int]:
         """Tokens per device over the closed steps, also of devices lost since."""
         return self._tokens

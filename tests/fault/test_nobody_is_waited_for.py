@@ -11,7 +11,7 @@ from coordinator import checkpoints
 from coordinator.coordinator import MOST_VOID_ROUNDS
 from coordinator.deadlines import LEAST_S
 from shared.errors import HsplitError, QuorumError
-from shared.protocol.messages import Activations, RoundResult
+from shared.protocol.messages import Activations, HiddenGradients, RoundResult
 from shared.protocol.tensors import pack, unpack
 from tests.support.faults import Rule, ScriptedFaults
 from tests.support.fleets import Machine
@@ -268,3 +268,32 @@ def test_what_a_device_starts_from_and_delivers_has_its_time_on_its_link(tmp_pat
     down_s = factor * handed.bytes_to("slow") / slow.downlink
     assert allowed.evaluate_s >= LEAST_S + down_s > LEAST_S
     finish(sim)
+
+
+@pytest.mark.parametrize("gives_back", [False, True])
+def test_one_that_trains_alone_takes_no_room_on_the_server_from_the_others(gives_back, tmp_path):
+    """The round does not wait for its micro-batches, so it could keep them open for ever."""
+    sim = trio(
+        tmp_path,
+        plans={**PLANS, "c": {"split_layer": 4, "batch": 3}},
+        rules={**TWO_OF_THREE, "open_micro_batches": 3},
+    )
+    sim.run_to("round 1, step 0")
+    conversation = sim.devices["c"].agent._conversation
+    tensor = pack(np.zeros((2, 32), np.float32))
+    here = {"round": 1, "step": 0}
+
+    def hidden(call, index):
+        parts = {"micro_batch": index, "micro_batches": 3, "lengths": (2,), "target_tokens": 1}
+        return Activations(call=call, purpose="train", hidden=tensor, labels=None, **here, **parts)
+
+    def gradients(call):
+        return HiddenGradients(call=call, micro_batch=0, loss_sum=1.0, gradient=tensor, **here)
+
+    for index in range(3):
+        conversation.post(partial(hidden, index=index), "activations")
+    if gives_back:
+        sim.run_for(1.0)
+        conversation.post(gradients, "activations")
+    finish(sim)
+    assert sim.coordinator.finished
