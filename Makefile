@@ -156,7 +156,7 @@ fuzz: install ## Hostile payloads for every decoder: 100,000 each, then coverage
 	$(BIN)/python -m tests.testbed.fuzz.campaign $(BENCH_ARGS)
 
 .PHONY: chaos
-chaos: install mosquitto ## 200 seeded runs amid faults: kills, stops, lost links, full disks (an hour)
+chaos: install mosquitto ## 200 seeded runs amid faults: kills, stops, lost links, full disks (20 min)
 	$(BIN)/python -m tests.testbed.chaos.campaign $(BENCH_ARGS)
 
 .PHONY: clean

@@ -170,7 +170,7 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=ENOUGH)
     parser.add_argument("--first", type=int, default=0, help="seed of the first one")
     parser.add_argument("--seed", type=int, help="this one alone")
-    parser.add_argument("--processes", type=int, default=3, help="runs at once; most of it waits")
+    parser.add_argument("--processes", type=int, default=4, help="runs at once; most of it waits")
     parser.add_argument("--keep", type=Path, help="keeps the folders of runs that go wrong")
     options = parser.parse_args()
     alone = options.seed is not None

@@ -49,8 +49,7 @@ def judge(trial: Trial, texts: Path) -> Verdict:
     rounds = accepted_rounds(database)
     lines = _lines(trial.outcome)
     repeated = repeated_rounds(database)
-    wrong += _of_metrics(lines, may_repeat=repeated > 0)
-    wrong += [*_of_what_was_kept(trial), *_of_books(rounds)]
+    wrong += [*_of_metrics(lines), *_of_what_was_kept(trial), *_of_books(rounds)]
     wrong += _of_tokens(rounds, lines, trial.outcome)
     dropped = sum(not share.delivered for one in rounds for share in one.shares.values())
     if wrong:
@@ -93,11 +92,9 @@ def _of_exit_codes(trial: Trial) -> Iterator[str]:
             yield f"{name} ended with {code}"
 
 
-def _of_metrics(lines: Sequence[dict[str, Any]], *, may_repeat: bool) -> Iterator[str]:
-    """``may_repeat``: a round lost every device and began again, and its lines stay."""
+def _of_metrics(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     trained = [line["step"] for line in lines if "train/loss" in line]
-    steps = list(range(1, ROUNDS * STEPS + 1))
-    if (sorted(set(trained)) if may_repeat else trained) != steps:
+    if trained != list(range(1, ROUNDS * STEPS + 1)):
         yield f"metrics.jsonl has the steps {trained}"
     closed = [line["round"] for line in lines if "round/seconds" in line]
     if closed != list(range(1, ROUNDS + 1)):
