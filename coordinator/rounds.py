@@ -319,7 +319,7 @@ class Round:
         self._done.clear()
         self._announced.clear()
         self._complete.clear()
-        self._wait_anew(self._exchanging)
+        self._wait_anew(self._exchanging - self._to_evaluate)
         return close
 
     def _is_over(self) -> bool:

@@ -263,6 +263,15 @@ def test_an_evaluation_is_timed_too():
     assert said == [LeaveOut(NANO, 51.0), CloseEvaluation((ORIN,))]
 
 
+def test_one_that_trains_and_never_evaluates_gains_no_time_by_its_steps():
+    round_ = patient_round(exchanging=(NANO,), evaluated=False)
+    assert ticks(round_, 40, active={NANO}) == []
+    assert round_.handle(done(NANO, 10)) == (CloseStep(10, (NANO,), 5),)
+    assert ticks(round_, 10, active={NANO}) == []
+    said = ticks(round_, 1, active={NANO})
+    assert said == [LeaveOut(NANO, 51.0), CloseEvaluation(()), CloseRound(())]
+
+
 def test_adapters_that_never_come_are_not_waited_for():
     round_ = patient_round(steps=1)
     train(round_, NANO, ORIN)
