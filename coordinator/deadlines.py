@@ -15,7 +15,8 @@ from shared.protocol.messages import DeviceId
 LEAST_S: Final = 30.0
 """Of a step: a first one compiles, reads from disk, fills caches."""
 MOST_TIMEOUTS: Final = 10.0
-"""Nothing, and no claim of a device about itself, makes anybody wait for more `step_timeout_s`."""
+"""Nothing, and no claim of a device about itself, makes a step, an evaluation or a change of parts
+wait for more `step_timeout_s`; one that trains alone has all steps of its round at once."""
 
 
 def allowances(
