@@ -40,8 +40,8 @@ LEAST_PACKET_BYTES = 16 * 1024
 FLUSH_TIMEOUT_S = 2.0
 SILENCE_S = 3.0
 """How long a broker may say nothing to MQTT 5 before 3.1.1 is tried, where both are allowed."""
-MAX_UNANSWERED = 8
-"""Connections closed without an answer before `start` gives up: about three for each lane."""
+CLOSED_OFTEN = 4
+"""Connections closed without an answer, from which on `start` gives that as its error."""
 MAX_DEATHS = 3
 EARLY_BYTES = 1024 * 1024
 """What is kept while the link is not up: every retained status, and little of a stream."""
@@ -223,6 +223,8 @@ class MqttTransport:
             if self._protocol == "5" and any(lane.is_kept_waiting for lane in self._current):
                 self._fall_back("did not answer in MQTT 5")
         self._listen(start + timeout_s)
+        if not self._is_up and self._unanswered >= CLOSED_OFTEN:
+            raise refusals.never_answered(self._settings)
         if not self._is_up:
             raise self._unreachable(timeout_s)
         self._early.appendleft(LinkUp())
@@ -238,8 +240,6 @@ class MqttTransport:
                 continue
             if isinstance(item, LaneLost) and not item.answered:
                 self._unanswered += 1
-                if self._unanswered > MAX_UNANSWERED:
-                    raise refusals.never_answered(self._settings)
             self._follow(item)
 
     @property

@@ -24,7 +24,7 @@ from shared.errors import (
 )
 from shared.protocol.topics import Filter
 from shared.transport.base import LinkDown, LinkUp
-from shared.transport.mqtt import HEADER_BYTES, MqttTransport
+from shared.transport.mqtt import CLOSED_OFTEN, HEADER_BYTES, MqttTransport
 from tests.broker.events import ACTIVATIONS, DATA, WILL, Connect, event, payload
 from tests.support.brokers import (
     Amqtt,
@@ -156,19 +156,51 @@ def _was_refused(transport: MqttTransport) -> bool:
     return any(lane.connect_error is not None for lane in transport._current)
 
 
+class Slammer:
+    """A context manager: a port that takes every connection and closes it, ``count`` of them."""
+
+    def __init__(self, port: int = 0) -> None:
+        self._server = socket.create_server(("127.0.0.1", port))
+        self.port = self._server.getsockname()[1]
+        self.count = 0
+        self._thread = threading.Thread(target=self._slam)
+
+    def __enter__(self) -> Slammer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._server.close()
+
+    def _slam(self) -> None:
+        while True:
+            try:
+                self._server.accept()[0].close()
+            except OSError:
+                return
+            self.count += 1
+
+
+@pytest.mark.broker
+def test_a_proxy_whose_broker_is_down_is_waited_for_as_long_as_a_broker(tmp_path: Path) -> None:
+    broker = Mosquitto(tmp_path)
+    transport = MqttTransport(BrokerSettings(url=broker.url), client_name="early")
+    starter = threading.Thread(target=transport.start, args=((),), kwargs={"timeout_s": 60})
+    with Slammer(broker.port) as proxy:
+        starter.start()
+        wait_until(lambda: proxy.count > 3 * CLOSED_OFTEN, "it was slammed often", timeout_s=30)
+    with broker:
+        starter.join(60)
+        assert transport.receive(0) == LinkUp()
+        transport.close()
+
+
 def test_a_port_that_closes_every_connection_is_no_broker() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def slam() -> None:
-            while True:
-                try:
-                    server.accept()[0].close()
-                except OSError:
-                    return
-
-        threading.Thread(target=slam, daemon=True).start()
-        error = error_of_start(f"mqtt://127.0.0.1:{server.getsockname()[1]}", timeout_s=30)
-        server.shutdown(socket.SHUT_RDWR)
+    with Slammer() as server:
+        error = error_of_start(f"mqtt://127.0.0.1:{server.port}", timeout_s=5)
+        assert server.count >= CLOSED_OFTEN
     assert isinstance(error, BrokerRefusedError)
     assert "closes them before answering" in str(error)
 
