@@ -12,8 +12,6 @@ from coordinator.rounds import Allowance
 from coordinator.settings import DeviceRules
 from shared.protocol.messages import DeviceId
 
-LEAST_S: Final = 30.0
-"""Of a step: a first one compiles, reads from disk, fills caches."""
 MOST_TIMEOUTS: Final = 10.0
 """Nothing, and no claim of a device about itself, makes a step, an evaluation or a change of parts
 wait for more `step_timeout_s`; one that trains alone has all steps of its round at once."""
@@ -61,11 +59,12 @@ def allowance(
 ) -> Allowance:
     """Return how long a round waits for the device that follows ``plan``.
 
-    A predicted step may take ``rules.late_factor`` times as long as predicted, and `LEAST_S` in
-    any case; a sequence that is evaluated or probed counts as one that is trained on. What the
-    device starts from must reach it, and what it delivers must come back: ``carried_s``, as its
-    link was measured, may take as many times as long, and comes on top. Without a prediction a
-    device may use up the whole of what nobody may exceed.
+    A predicted step may take ``rules.late_factor`` times as long as predicted, and
+    ``rules.late_after_s`` in any case: a first one compiles, reads from disk, fills caches. A
+    sequence that is evaluated or probed counts as one that is trained on. What the device starts
+    from must reach it, and what it delivers must come back: ``carried_s``, as its link was
+    measured, may take as many times as long, and comes on top. Without a prediction a device may
+    use up the whole of what nobody may exceed.
     """
     most_s = MOST_TIMEOUTS * rules.step_timeout_s
 
@@ -73,7 +72,7 @@ def allowance(
         if predicted_s is None:
             return most_s
         times = rules.late_factor * sequences / plan.batch
-        return min(most_s, max(LEAST_S, times * predicted_s))
+        return min(most_s, max(rules.late_after_s, times * predicted_s))
 
     first_s, step_s = seconds(plan.batch + probe_sequences), seconds(plan.batch)
     down_s, up_s = (rules.late_factor * one for one in carried_s)

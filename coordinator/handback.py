@@ -142,13 +142,15 @@ class HandBack:
 
         That is U(-1/√in, 1/√in), seeded by run, round, module and holder. Where factors are
         averaged the holders must start alike, so there row j is the same for all, in all rounds.
+        Of `svd` all start from one A as well: what they learn then lies in one row space, of which
+        the ranks that are handed back hold more.
         """
         width = self.update[module].total.shape[1]
-        name = f"{self.seed} {self.round} {module} {holder.name}"
+        name, skipped = f"{self.seed} {self.round} {module} {holder.name}", 0
         if self.mode in MEAN_MODES:
             name, skipped = f"{self.seed} {module}", first
-        else:
-            skipped = 0
+        elif self.mode == "svd":
+            name = f"{self.seed} {self.round} {module}"
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")
         bound = 1.0 / np.sqrt(width)
         random = np.random.default_rng(seed)

@@ -78,7 +78,8 @@ class DeviceRules(Section):
     more than ``min``) or ``wait_s`` passed since; who comes later joins the next round. Fewer
     than ``min`` for ``join_timeout_s`` end the run. A device not heard for ``lost_after_s`` is
     lost. A round goes on without one that it waits for and that asks nothing for
-    ``step_timeout_s``, or whose step takes ``late_factor`` times as long as planned and over 30 s.
+    ``step_timeout_s``, or whose step takes ``late_factor`` times as long as planned and longer than
+    ``late_after_s``.
     The server keeps the activations of at most ``open_micro_batches`` at once.
     """
 
@@ -89,6 +90,7 @@ class DeviceRules(Section):
     lost_after_s: Timeout = 6.0
     step_timeout_s: Timeout = 300.0
     late_factor: Annotated[float, Ge(1), Le(1000)] = 5.0
+    late_after_s: Timeout = 30.0
     open_micro_batches: PositiveInt = 16
 
     @model_validator(mode="after")

@@ -128,6 +128,7 @@ class Conversation:
         self._lives = 0
         self._run_id: RunId | None = None
         self._interrupt: HsplitError | None = None
+        self._link_was_lost = False
         self._watch = CoordinatorWatch(clock)
         self._next_heartbeat_s = clock.monotonic_s()
         self.renew()
@@ -268,8 +269,11 @@ class Conversation:
                 self._handle_status(event.payload)
         elif isinstance(event, LinkDown):
             logger.warning("link to the broker lost (%s), reconnecting", event.reason)
+            self._link_was_lost = True
         elif isinstance(event, LinkUp):
-            self._ask_again()
+            self._next_heartbeat_s = self._clock.monotonic_s()
+            if self._link_was_lost:
+                self._ask_again()
         elif isinstance(event, Unreadable):
             logger.warning("unreadable message on %s: %s", event.address.kind, event.reason)
             if event.version_mismatch:

@@ -9,7 +9,7 @@ import pytest
 
 from coordinator import checkpoints
 from coordinator.coordinator import MOST_VOID_ROUNDS
-from coordinator.deadlines import LEAST_S
+from coordinator.settings import DeviceRules
 from shared.errors import HsplitError, QuorumError
 from shared.protocol.messages import Activations, HiddenGradients, RoundResult
 from shared.protocol.tensors import pack, unpack
@@ -19,6 +19,7 @@ from tests.support.outcomes import PLANS, USUAL, difference, outcome_of, trio
 from tests.support.planned import add_measured, planned
 from tests.support.traffic import message_in
 
+LEAST_S = DeviceRules().late_after_s
 TWO_OF_THREE = {**USUAL, "min": 2, "expected": 3}
 WITHOUT_PROBES = {"batch": 8, "micro_batch": 2, "in_flight": 1, "ranks": "uniform"}
 
@@ -245,7 +246,7 @@ def test_a_round_that_everybody_is_late_for_is_repeated_and_at_last_given_up(tmp
 
 
 def test_a_machine_that_measured_itself_is_given_the_time_that_it_needs(tmp_path, monkeypatch):
-    """Its step takes longer than `LEAST_S`, and it said so: nobody is late."""
+    """Its step takes longer than `late_after_s`, and it said so: nobody is late."""
     monkeypatch.setattr("tests.support.planned.SPEEDS", dict.fromkeys("abc", 1e-4))
     sim = planned(tmp_path, faults=slow(c=20.0), rounds={"count": 2, "steps": 1})
     rounds = late_in_rounds(sim, "c")

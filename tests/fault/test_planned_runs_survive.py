@@ -91,7 +91,7 @@ def test_who_waited_long_for_a_slow_device_still_gets_its_change(tmp_path, monke
     sim = planned(
         tmp_path,
         hand_back=hand_back,
-        rules={"min": 1, "lost_after_s": 6.0, "step_timeout_s": 10.0},
+        rules={"min": 1, "lost_after_s": 6.0, "step_timeout_s": 10.0, "late_after_s": 99.0},
         faults=ScriptedFaults([slow]),
         checkpoints={"keep": 99},
         rounds={"count": 4, "steps": 2},

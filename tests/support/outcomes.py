@@ -22,7 +22,7 @@ PLANS: Mapping[str, Mapping[str, Any]] = {
 }
 """Of a model of four blocks; another batch, rank, scaling and split layer for each."""
 LINES = 12
-PATIENT = {"min": 3, "lost_after_s": 1e6, "step_timeout_s": 1e6}
+PATIENT = {"min": 3, "lost_after_s": 1e6, "step_timeout_s": 1e6, "late_after_s": 1e6}
 """Rules of a run that gives nobody up."""
 USUAL = {"min": 3, "lost_after_s": 6.0, "step_timeout_s": 300.0}
 

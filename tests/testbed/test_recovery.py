@@ -42,7 +42,8 @@ def test_an_agent_that_is_stopped_says_goodbye_and_later_trains_with_what_it_kep
         assert fetched > sum(path.stat().st_size for path in weights(system.folder / DEVICE))
         assert stopped(run, first, signal.SIGTERM) == 143
 
-        closed = run.steps.read()[-1].step
+        # A round that its only device left is void: what it measured may be gone by now.
+        closed = max((step.step for step in run.steps.read()), default=0)
         second = run.start_agent(DEVICE)
         system.wait_for_step(coordinator, closed + 5)
         assert traffic.bytes_of(DEVICE, "weights") == fetched, "its own are as good as new ones"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.deadlines import LEAST_S, MOST_TIMEOUTS, allowance
+from coordinator.deadlines import MOST_TIMEOUTS, allowance
 from coordinator.planning.device_plan import DevicePlan
 from coordinator.rounds import Allowance
 from coordinator.settings import DeviceRules
 
-RULES = DeviceRules(step_timeout_s=100.0, late_factor=4.0)
+RULES = DeviceRules(step_timeout_s=100.0, late_factor=4.0, late_after_s=25.0)
+LEAST_S = RULES.late_after_s
 MOST_S = 1000.0
 PLAN = DevicePlan(split_layer=2, batch=8, micro_batch=4, in_flight=2, ranks={}, scalings={})
 
