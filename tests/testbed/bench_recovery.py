@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.brokers import Mosquitto
-from tests.support.stalled_link import StalledLink
 from tests.testbed.bench_report import write_report
+from tests.testbed.chaos.links import Link, Links
 from tests.testbed.long_run import (
     DEVICES,
     JOINED,
@@ -40,6 +40,7 @@ from tests.testbed.long_run import (
 
 STEPS_A_ROUND = 10
 VICTIM = "pi"
+UNHINDERED_BYTES_PER_S = 1e9
 BROKER_AIM_S, COORDINATOR_AIM_S = 5.0, 10.0
 LEAST_PIECE_BYTES = 10_000
 """What the smallest front of the model weighs is far more; asking and answering is less."""
@@ -60,7 +61,7 @@ class Bench:
     """A run that goes on, and what is done to it."""
 
     def __init__(
-        self, run: LongRun, broker: Mosquitto, traffic: Traffic, link: StalledLink, seed: int
+        self, run: LongRun, broker: Mosquitto, traffic: Traffic, link: Link, seed: int
     ) -> None:
         self.run = run
         self._broker = broker
@@ -142,8 +143,8 @@ class Bench:
 
     def agent_is_unplugged(self, row: Row) -> None:
         """Let nothing pass to and from one agent, without a word."""
-        self._hold(row, self._link.unplug)
-        self._link.plug()
+        self._hold(row, self._link.stall)
+        self._link.mend()
         self._wait_until_all_train()
 
     def agent_is_frozen(self, row: Row) -> None:
@@ -253,10 +254,10 @@ def prepared(folder: Path, seed: int) -> Iterator[Bench]:
     with (
         over_mosquitto(folder / "run") as (system, broker),
         Traffic(broker.port) as traffic,
-        StalledLink(broker.port) as link,
+        Links(broker.port, seed=0, bytes_per_s=UNHINDERED_BYTES_PER_S) as links,
     ):
         run = LongRun(system, files, settings(files, rounds=100_000, steps=STEPS_A_ROUND))
-        yield Bench(run, broker, traffic, link, seed)
+        yield Bench(run, broker, traffic, links.open(), seed)
 
 
 def main() -> None:

@@ -176,13 +176,18 @@ def test_a_call_under_way_is_neither_repeated_nor_asked_for():
     assert world.beat(FIRST, 1) == []
 
 
+def send_half(world: World) -> None:
+    """Let the first 8 of a message's 12 chunks arrive: the others wait for credit."""
+    large = TensorFrame("uint8", (3 * 2**20,), bytes(3 * 2**20))
+    half = PieceBytes(call=Call(session=FIRST, number=1), sha256="0" * 64, offset=0, data=large)
+    world.nano.send(device_topic(NANO, "requests"), half)
+    assert world.coordinator.receive(0) is None
+
+
 def test_nothing_is_asked_for_while_something_is_still_coming_in():
     world = World()
     world.join()
-    large = TensorFrame("uint8", (3 * 2**20,), bytes(3 * 2**20))
-    half = PieceBytes(call=Call(session=FIRST, number=1), sha256="0" * 64, offset=0, data=large)
-    world.nano.send(device_topic(NANO, "requests"), half)  # 8 chunks of 12, until credit comes
-    assert world.coordinator.receive(0) is None
+    send_half(world)
     assert world.beat(FIRST, 1) == []
     world.nano.forget(NANO)
     world.clock.advance(REPEAT_AFTER_S)
@@ -335,10 +340,7 @@ def test_what_a_device_was_told_over_an_earlier_connection_is_told_again_at_once
 def test_what_was_half_here_when_a_device_connected_anew_is_not_waited_for():
     world = World()
     world.join()
-    large = TensorFrame("uint8", (3 * 2**20,), bytes(3 * 2**20))
-    half = PieceBytes(call=Call(session=FIRST, number=1), sha256="0" * 64, offset=0, data=large)
-    world.nano.send(device_topic(NANO, "requests"), half)  # 8 chunks of 12, until credit comes
-    assert world.coordinator.receive(0) is None
+    send_half(world)
     world.nano_transport.lose_link()
     assert isinstance(world.nano.receive(0), LinkDown)
     world.nano_transport.reconnect()
