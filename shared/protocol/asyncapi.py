@@ -40,6 +40,7 @@ FROM_DEVICE: Mapping[DeviceKind | RunKind, tuple[str, ...]] = {
     "requests": (
         "join_request",
         "piece_request",
+        "graphs_request",
         "ready",
         "prepared",
         "evaluation_result",
@@ -53,6 +54,7 @@ FROM_DEVICE: Mapping[DeviceKind | RunKind, tuple[str, ...]] = {
 FROM_COORDINATOR: Mapping[DeviceKind | RunKind, tuple[str, ...]] = {
     "commands": (
         "welcome",
+        "graphs",
         "assignment",
         "accepted",
         "refusal",
@@ -68,6 +70,7 @@ FROM_COORDINATOR: Mapping[DeviceKind | RunKind, tuple[str, ...]] = {
 ANSWERS: Mapping[str, tuple[str, ...]] = {
     "join_request": ("welcome",),
     "piece_request": ("piece_bytes",),
+    "graphs_request": ("graphs", "finished"),
     "ready": ("assignment", "finished"),
     "prepared": ("round_start", "assignment", "finished"),
     "activations": ("hidden", "activation_gradients", "evaluated_loss"),

@@ -33,6 +33,7 @@ Loss: TypeAlias = Annotated[float, Field(ge=0, lt=1e12, allow_inf_nan=False)]
 Scale: TypeAlias = Annotated[float, Field(gt=0, lt=1e6, allow_inf_nan=False)]
 Score: TypeAlias = Annotated[float, Field(ge=0, lt=1e15, allow_inf_nan=False)]
 Tensor: TypeAlias = InstanceOf[TensorFrame]
+_PIECE_NAME = r"^(tokenizer|embeddings|final_norm|head|block\.\d{1,4}|graph\.[a-z0-9_.]{1,64})$"
 
 
 RefusalCode: TypeAlias = Literal[
@@ -63,12 +64,13 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One content-addressed part of the base model: a safetensors file or tokenizer.json.
+    """One content-addressed file: a safetensors file of the base model, its tokenizer, or a graph.
 
-    ``name`` is ``tokenizer``, ``embeddings``, ``block.<j>``, ``final_norm`` or ``head``.
+    ``name`` is ``tokenizer``, ``embeddings``, ``block.<j>``, ``final_norm`` or ``head``, or a name
+    of `shared.graphs`.
     """
 
-    name: Annotated[str, Field(pattern=r"^(tokenizer|embeddings|final_norm|head|block\.\d{1,4})$")]
+    name: Annotated[str, Field(pattern=_PIECE_NAME)]
     sha256: Sha256
     size_bytes: Positive | Count
 

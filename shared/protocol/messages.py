@@ -34,13 +34,13 @@ from shared.protocol.message_parts import (
     Score,
     Seconds,
     SessionId,
-    Sha256,
     Tensor,
     Text,
     WeightTensor,
 )
 from shared.protocol.profile import DataShape, DeviceProfile, Measurements
 from shared.protocol.session_messages import Credit, Heartbeat, Leave, Rejoin, Resend
+from shared.protocol.weight_messages import Graphs, GraphsRequest, PieceBytes, PieceRequest
 from shared.terms import MOST_CLASSES, LoraTerms, OptimizerTerms, Rank, TrainingTerms
 
 # The parts that belong to this module's interface, beside every class below.
@@ -52,10 +52,14 @@ __all__ = [
     "Device",
     "DeviceId",
     "DeviceProfile",
+    "Graphs",
+    "GraphsRequest",
     "Heartbeat",
     "Leave",
     "ModelDescription",
     "Piece",
+    "PieceBytes",
+    "PieceRequest",
     "RefusalCode",
     "Rejoin",
     "Resend",
@@ -78,17 +82,6 @@ class JoinRequest:
     type: Literal["join_request"] = "join_request"
     call: Call
     profile: DeviceProfile
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PieceRequest:
-    """Agent: give me these bytes of a piece. Answer: `PieceBytes`. Asking is the flow control."""
-
-    type: Literal["piece_request"] = "piece_request"
-    call: Call
-    sha256: Sha256
-    offset: Count
-    length: Positive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,17 +230,6 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PieceBytes:
-    """Coordinator: ``data`` (uint8) are the bytes of piece ``sha256`` from ``offset`` on."""
-
-    type: Literal["piece_bytes"] = "piece_bytes"
-    call: Call
-    sha256: Sha256
-    offset: Count
-    data: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """Coordinator: your part. ``ranks`` names every module of your front that is adapted.
 
@@ -351,6 +333,7 @@ class Finished:
 Request: TypeAlias = (
     JoinRequest
     | PieceRequest
+    | GraphsRequest
     | Ready
     | Prepared
     | Activations
@@ -362,6 +345,7 @@ Answer: TypeAlias = (
     Welcome
     | Refusal
     | PieceBytes
+    | Graphs
     | Assignment
     | RoundStart
     | Hidden

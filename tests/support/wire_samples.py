@@ -26,6 +26,8 @@ from shared.protocol.messages import (
     EvaluatedLoss,
     EvaluationResult,
     Finished,
+    Graphs,
+    GraphsRequest,
     Heartbeat,
     Hidden,
     HiddenGradients,
@@ -262,6 +264,11 @@ _ALL: tuple[Any, ...] = (
     Resend(session=_SESSION, numbers=(3, 4)),
     Rejoin(session=_SESSION),
     Credit(transfer=(1 << 32) + 5, chunks=12),
+    GraphsRequest(call=_call(8)),
+    Graphs(
+        call=_call(8),
+        graphs=(Piece(name="graph.full_attention.forward", sha256=_SHA, size_bytes=8192),),
+    ),
 )
 
 SAMPLES: Mapping[str, Any] = {message.type: message for message in _ALL}

@@ -22,6 +22,15 @@ OUTSIDE = (
     "..", ".", "", "../x", "../../etc/passwd", "/etc/passwd", "a/b", "a\\b", "a/../b", ".hidden",
     "a\0", "a\n", "nano\n", "~", "~root", "%2e%2e", "a b", "-rf", "CON:", "é", "a" * 65,
 )  # fmt: skip
+NO_GRAPHS = (
+    "graph",
+    "graph.",
+    "graph.a/b",
+    "graph./etc",
+    "graph.A",
+    "graph.a\n",
+    "graph." + "a" * 65,
+)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -58,7 +67,7 @@ def test_a_run_id_made_of_a_models_name_is_one_folder(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [*OUTSIDE, "block.x", "block.12345", "block.1/..", "tokenizer.json"]
+    "name", [*OUTSIDE, "block.x", "block.12345", "block.1/..", "tokenizer.json", *NO_GRAPHS]
 )
 def test_pieces_of_other_names_are_no_pieces(name):
     with pytest.raises(ValidationError):
