@@ -26,7 +26,7 @@ STAMP310 := .venv310/.installed
 
 .PHONY: help
 help: ## Say what can be made
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 # --- set-up -----------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ $(STAMP310): pyproject.toml constraints.txt
 	@python="$$(.ci/find-python '3.10' only)"; \
 	test -x $(BIN310)/python || { echo "making .venv310 with $$python"; "$$python" -m venv .venv310; }
 	@$(BIN310)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[text,test]'
+		--constraint constraints.txt --editable '.[onnx,test]'
 	@touch $@
 
 .PHONY: mosquitto
@@ -77,6 +77,10 @@ check-docker:
 	else echo "NOTE: no docker compose here, so docker/compose*.yaml were not checked"; fi
 	@if command -v hadolint >/dev/null; then hadolint docker/*.Dockerfile; \
 	else echo "NOTE: no hadolint here, so docker/*.Dockerfile were not checked"; fi
+
+.PHONY: check-arm64
+check-arm64: install ## Whether all that a light agent needs has wheels for a Jetson (JetPack 6)
+	@$(BIN)/python -m tests.testbed.arm64_wheels
 
 .PHONY: test
 test: install mosquitto ## All tests; the agent and shared on Python 3.10 too, where there is one
