@@ -136,7 +136,7 @@ class ClassifierHead:
         classifier = self._skeleton.get_submodule(self._module)
         # RoBERTa's takes whole sequences and reads the first token: each row is one of length 1.
         logits: torch.Tensor = classifier(pooled_MD.float().unsqueeze(1))
-        return logits.reshape(len(hidden_MD), self._classes)
+        return logits.reshape(-1, self._classes)
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Return the classifier's weights by full name."""

@@ -1,0 +1,1 @@
+"""Graphs for devices without torch: traced from the model's own modules, exported to ONNX."""

@@ -1,0 +1,67 @@
+"""What the graphs are called that a device without torch computes with, and which it needs.
+
+A graph is an ONNX file without weights: weights, LoRA matrices and all that the forward pass
+keeps are its inputs, by name. So all blocks of one *kind* share their graphs, whatever the split
+layer, the ranks and the batch. The coordinator exports them (`coordinator.graphs`).
+
+Names of inputs and outputs (B sequences, T padded length, M rows, D hidden, K classes):
+
+* ``hidden`` (B, T, D), a block's input, or (M, D), the rows that a head reads; ``output``.
+* ``weight.<name inside the block>``, or a full name in embeddings and heads: a frozen weight.
+* ``a.<module>`` (R, I), ``b.<module>`` (O, R), ``scaling.<module>`` (): the trained pair;
+  ``frozen_a.<module>`` (F, I), ``frozen_b.<module>`` (O, F): the residual. Any rank may be 0.
+* ``kept.<module>`` (B·T, O): what a linear module gave in the forward pass.
+* ``mask.<module>`` (B, T, I): LoRA dropout's, where there is dropout.
+* ``gradient`` of ``output``; ``gradient.hidden``, ``gradient.a.<module>``, and so on, of those.
+* ``input.<module>`` (B·T, I), ``gradient.kept.<module>`` (B·T, O): what importance is made of.
+* ``lengths`` (B,) int64 in blocks of a model that reads in both directions.
+* ``targets`` (M,) int64, ``loss`` (M,), a classifier's ``logits`` (M, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+from shared.families import Family, family_of
+
+Direction: TypeAlias = Literal["forward", "backward", "lowest", "probe"]
+"""``lowest``: backward without the gradient of ``hidden``; ``probe``: for importance."""
+
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "lowest", "probe")
+EMBEDDINGS = "graph.embeddings"
+"""Adds to the tokens' embeddings ``tokens`` (B, T, D) what a family has besides."""
+HEAD = "graph.head"
+LOSS = "graph.loss"
+"""The head without any gradient."""
+
+
+def block_kind(config: Mapping[str, Any], block: int) -> str:
+    """Return the kind of a block of the model that a parsed ``config.json`` describes.
+
+    Blocks of one kind differ in nothing but their weights.
+    """
+    types = config.get("layer_types")
+    kind = str(types[block]) if isinstance(types, list) else "full_attention"
+    # GPT-2's option to divide attention by the number of the block.
+    return f"{kind}.{block}" if config.get("scale_attn_by_inverse_layer_idx") else kind
+
+
+def graph_name(kind: str, direction: Direction) -> str:
+    """Return the name of a graph of blocks."""
+    return f"graph.{kind}.{direction}"
+
+
+def adds_to_tokens(family: Family) -> bool:
+    """Tell whether a family has more in its embeddings than those of the tokens."""
+    return family.position_embedding is not None or family.encoder is not None
+
+
+def graph_names(
+    config: Mapping[str, Any], *, blocks: range, head_on_device: bool
+) -> tuple[str, ...]:
+    """Return the names of all graphs that a device with these blocks may need."""
+    kinds = dict.fromkeys(block_kind(config, block) for block in blocks)
+    embeddings = (EMBEDDINGS,) if adds_to_tokens(family_of(config)) else ()
+    head = (HEAD, LOSS) if head_on_device else ()
+    return (*embeddings, *(graph_name(k, d) for k in kinds for d in DIRECTIONS), *head)
