@@ -28,9 +28,9 @@ from coordinator.back_pass import (
 from coordinator.server_probe import ServerProbe
 from shared.adapters import AdapterState, HeldAdapters
 from shared.classifier_weights import ClassifierTensors
+from shared.dropout_seed import dropout_seed
 from shared.errors import ProtocolError
 from shared.modeling.compute import compute_device, explained_out_of_memory
-from shared.modeling.lora import dropout_seed
 from shared.modeling.optimizer import AdapterOptimizer, OptimizerState
 from shared.modeling.skeleton import Tensors
 from shared.modeling.splitting import Placement, build_back

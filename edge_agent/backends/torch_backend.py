@@ -18,12 +18,12 @@ from edge_agent.backends.base import FrontBase, MicroBatch, TokenBatch, check_ba
 from shared.adapters import AdapterState, HeldAdapters
 from shared.class_counts import ClassCounts, total
 from shared.classifier_weights import ClassifierTensors
+from shared.dropout_seed import dropout_seed
 from shared.errors import ModelError, NumericsError, ProtocolError
 from shared.memory_use import AcceleratorMemory
 from shared.modeling.accelerator import TorchMemory, wait_for
 from shared.modeling.compute import compute_device, explained_out_of_memory
 from shared.modeling.importance import WatchedForward, linear_module, watching
-from shared.modeling.lora import dropout_seed
 from shared.modeling.optimizer import AdapterOptimizer
 from shared.modeling.packing import Packing
 from shared.modeling.splitting import FrontModel, Placement, build_front

@@ -11,9 +11,8 @@ residual, M rows.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -24,17 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from shared.adapters import Array, HeldAdapters, LoraPair, ModuleAdapter
 from shared.errors import NumericsError, ProtocolError
 
-Side: TypeAlias = Literal["device", "server"]
 LinearBase: TypeAlias = nn.Linear | Conv1D
-
-
-def dropout_seed(run_seed: int, *, device_id: str, step: int, micro_batch: int, side: Side) -> int:
-    """Return the seed of one micro-batch's dropout on one side of the cut.
-
-    The same arguments give the same masks, so a recomputation repeats them.
-    """
-    text = f"{run_seed}/{device_id}/{step}/{micro_batch}/{side}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 class Dropout:

@@ -1,13 +1,10 @@
 """The optimizer of what one side trains: torch's own, with the run's schedule and hand-backs.
 
-Every module has a count of steps since its moments were last fresh. Moments that are fresh
-at the run's first step have the schedule's own warm-up; moments that a hand-back (or a new
-plan, or a late joiner) makes fresh later climb again over ``rewarm_steps``.
+What a step decides, `shared.optimizer_step` says.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -17,17 +14,14 @@ import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from shared.errors import NumericsError, StorageError
-from shared.schedule import learning_rate
+from shared.errors import StorageError
+from shared.optimizer_step import StepCounts, check_target_tokens, gradient_scale
 from shared.terms import OptimizerTerms
 
 Factors: TypeAlias = tuple[nn.Parameter, ...]
 """The trainable A and B of one module, or one weight of a classifier."""
 OptimizerState: TypeAlias = Mapping[str, npt.NDArray[Any]]
 """What a checkpoint keeps: ``<module>|a|exp_avg`` and such → array."""
-
-_CLIP_EPSILON = 1e-6
-"""Added to the norm when clipping, as in torch's clip_grad_norm_."""
 
 
 class AdapterOptimizer:
@@ -36,10 +30,8 @@ class AdapterOptimizer:
     def __init__(self, terms: OptimizerTerms, *, total_steps: int) -> None:
         """Start with nothing to optimise; see `follow`."""
         self._terms = terms
-        self._total_steps = total_steps
+        self._counts = StepCounts(terms, total_steps=total_steps)
         self._factors: dict[str, Factors] = {}
-        self._steps_since_fresh: dict[str, int] = {}
-        self._from_the_start: set[str] = set()
         self._torch: torch.optim.Optimizer | None = None
 
     def follow(self, factors: Mapping[str, Factors]) -> None:
@@ -49,9 +41,7 @@ class AdapterOptimizer:
         all others start fresh, and modules no longer named are forgotten.
         """
         kept = {n for n, pair in factors.items() if _same(pair, self._factors.get(n))}
-        counts = self._steps_since_fresh
-        self._steps_since_fresh = {n: counts[n] if n in kept else 0 for n in factors}
-        self._from_the_start &= kept
+        self._counts.follow(factors, kept=kept)
         old_state = self._torch.state if self._torch is not None else {}
         self._factors = dict(factors)
         self._torch = self._build() if factors else None
@@ -71,26 +61,10 @@ class AdapterOptimizer:
             NumericsError: nothing to divide by, or a gradient is not finite: the gradients are
                 gone, all else is as before.
         """
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        if denominator < 1:
+        try:
+            return self._step(step, denominator)
+        finally:
             self.discard()
-            raise NumericsError(f"step {step} has no target tokens: there is nothing to learn from")
-        if self._torch is None or not gradients:
-            return 0.0
-        norm = float(get_total_norm(gradients, foreach=True)) / denominator
-        if not math.isfinite(norm):
-            self.discard()
-            raise NumericsError(
-                f"the gradients of step {step} are not finite: training diverged; lower "
-                "optimizer.learning_rate, or use dtype or wire_dtype bfloat16 instead of float16"
-            )
-        scale = self._clipping(norm) / denominator
-        for gradient in gradients:
-            gradient.mul_(scale)
-        self._set_rates(step)
-        self._torch.step()
-        self.discard()
-        return norm
 
     def discard(self) -> None:
         """Forget all gradients."""
@@ -101,8 +75,7 @@ class AdapterOptimizer:
         """Return copies of moments and counts, for safetensors."""
         arrays: dict[str, npt.NDArray[Any]] = {}
         for name, pair in self._factors.items():
-            counts = (self._steps_since_fresh[name], int(name in self._from_the_start))
-            arrays[f"{name}|counts"] = np.array(counts, dtype=np.int64)
+            arrays[f"{name}|counts"] = np.array(self._counts.of(name), dtype=np.int64)
             for letter, parameter in zip("ab", pair, strict=False):
                 for key, value in self._state_of(parameter).items():
                     if isinstance(value, torch.Tensor):
@@ -119,11 +92,29 @@ class AdapterOptimizer:
             raise StorageError("the optimizer state is of other modules than the adapters")
         for name, pair in self._factors.items():
             steps, from_the_start = state[f"{name}|counts"].tolist()
-            self._steps_since_fresh[name] = steps
-            (self._from_the_start.add if from_the_start else self._from_the_start.discard)(name)
+            self._counts.restore(name, since_fresh=steps, from_the_start=bool(from_the_start))
             for letter, parameter in zip("ab", pair, strict=False):
                 self._restore(f"{name}|{letter}|", parameter, state)
         self.follow(self._factors)
+
+    def _step(self, step: int, denominator: int) -> float:
+        check_target_tokens(denominator, step=step)
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        if self._torch is None or not gradients:
+            return 0.0
+        norm, scale = gradient_scale(
+            float(get_total_norm(gradients, foreach=True)),
+            denominator=denominator,
+            step=step,
+            max_grad_norm=self._terms.max_grad_norm,
+        )
+        for gradient in gradients:
+            gradient.mul_(scale)
+        rates = self._counts.take(step)
+        for group in self._torch.param_groups:
+            group["lr"] = rates[group["modules"][0]]
+        self._torch.step()
+        return norm
 
     def _restore(self, prefix: str, parameter: nn.Parameter, state: OptimizerState) -> None:
         tensors = {
@@ -140,13 +131,9 @@ class AdapterOptimizer:
 
     def _build(self) -> torch.optim.Optimizer:
         """Return torch's optimizer with one group per count, as each has its own rate."""
-        groups: dict[tuple[int, bool], list[str]] = {}
-        for name in self._factors:
-            key = (self._steps_since_fresh[name], name in self._from_the_start)
-            groups.setdefault(key, []).append(name)
         options = [
             {"params": [p for name in names for p in self._factors[name]], "modules": names}
-            for names in groups.values()
+            for names in self._counts.groups()
         ]
         terms = self._terms
         # Fused: one call for all of a group's small factors, on CPU as on CUDA.
@@ -162,23 +149,6 @@ class AdapterOptimizer:
             weight_decay=terms.weight_decay,
             fused=True,
         )
-
-    def _set_rates(self, step: int) -> None:
-        """Set every group's rate for global step ``step`` and count the step."""
-        if step == 0:
-            self._from_the_start.update(self._factors)
-        for group in self._torch.param_groups if self._torch is not None else ():
-            first = group["modules"][0]
-            since = None if first in self._from_the_start else self._steps_since_fresh[first]
-            group["lr"] = learning_rate(
-                self._terms, step, total_steps=self._total_steps, steps_since_reset=since
-            )
-        for name in self._steps_since_fresh:
-            self._steps_since_fresh[name] += 1
-
-    def _clipping(self, norm: float) -> float:
-        limit = self._terms.max_grad_norm
-        return min(1.0, limit / (norm + _CLIP_EPSILON)) if limit else 1.0
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for pair in self._factors.values() for parameter in pair]

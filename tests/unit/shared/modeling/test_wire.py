@@ -60,6 +60,17 @@ def test_what_is_not_finite_is_neither_sent_nor_taken(bad):
         received(pack(tensor.numpy()))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_nan_is_found_wherever_it_stands(dtype):
+    for position in range(100):
+        tensor = torch.zeros(100)
+        tensor[position] = float("nan")
+        with pytest.raises(NumericsError, match="NaN or infinity"):
+            to_frame(tensor, dtype=dtype, what="x")
+        with pytest.raises(NumericsError, match="NaN or infinity received"):
+            received(pack(tensor.numpy(), dtype))
+
+
 def test_overflow_in_float16_advises_bfloat16():
     with pytest.raises(NumericsError, match="bfloat16"):
         to_frame(torch.tensor([1e6]), dtype="float16", what="x")

@@ -60,6 +60,16 @@ def test_bfloat16_is_the_nearest_one_ties_to_even_and_nan_stays_nan(bits):
     np.testing.assert_array_equal(found, expected.view(np.float32)[0])
 
 
+def test_rounding_in_chunks_is_rounding_one_by_one():
+    random = np.random.default_rng(0)
+    values = random.integers(0, 2**32, (3, 40_000), np.uint32).view(np.float32)
+    found = unpack(pack(values, "bfloat16"))
+    some = random.integers(0, values.size, 300)
+    one_by_one = [unpack(pack(values.reshape(-1)[i], "bfloat16")) for i in some]
+    np.testing.assert_array_equal(found.reshape(-1)[some], one_by_one)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(values))
+
+
 @pytest.mark.parametrize(
     ("dtype", "shape", "data", "says"),
     [
