@@ -116,6 +116,40 @@ def test_every_file_that_an_image_copies_is_let_through_and_exists(name: str):
         assert (DOCKER.parent / source).exists(), source
 
 
+def _images() -> dict[str, str]:
+    """Return the part of the agent's Dockerfile that makes each of its targets."""
+    text = (DOCKER / "agent.Dockerfile").read_text()
+    parts = re.split(r"(?m)^FROM \S+ AS (\S+)$", text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("target", _images())
+def test_an_image_holds_the_backend_that_it_chooses(target: str):
+    (environment,) = re.findall(r"(?m)^ENV (HSPLIT_.*)$", _images()[target])
+    settings = AgentSettings.load(
+        file=DOCKER / "config" / "agent.yaml",
+        environment={
+            "HSPLIT_DEVICE_ID": "nano",
+            **dict(one.split("=", maxsplit=1) for one in environment.split()),
+        },
+    )
+    (extras,) = re.findall(r"'\.\[([\w,]+)\]'", _images()[target])
+    assert settings.backend == extras.split(",")[0]
+
+
+def test_every_composed_agent_is_of_a_target_that_exists():
+    for agent in AGENTS.values():
+        assert agent["build"]["target"] in _images()
+
+
+def test_no_light_image_installs_torch():
+    light = {name: text for name, text in _images().items() if "[onnx" in text}
+    assert set(light) == {"onnx", "jetson"}
+    for text in light.values():
+        commands = [line for line in text.splitlines() if not line.startswith(("#", "FROM"))]
+        assert "torch" not in "\n".join(commands)
+
+
 def _acl() -> dict[str, list[str]]:
     text = (DOCKER / "mosquitto" / "acl").read_text()
     access: dict[str, list[str]] = {"read": [], "write": []}
