@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from shared.errors import NumericsError
+
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
 
 
@@ -111,3 +113,22 @@ AdapterState: TypeAlias = Mapping[str, LoraPair]
 
 HeldAdapters: TypeAlias = Mapping[str, ModuleAdapter]
 """Full module path → all that a side holds for that module."""
+
+
+def check_adapter(name: str, adapter: ModuleAdapter, *, features: tuple[int, int]) -> None:
+    """Check that an adapter is one for a module with these (in, out) features.
+
+    Raises:
+        NumericsError: a factor has the wrong shape or is not finite.
+    """
+    in_features, out_features = features
+    for pair in (adapter.trainable, adapter.frozen):
+        if pair is None:
+            continue
+        if (pair.a_RI.shape[1], pair.b_OR.shape[0]) != features:
+            raise NumericsError(
+                f"adapter of {name}: A {pair.a_RI.shape} and B {pair.b_OR.shape} do not fit a "
+                f"weight with {in_features} inputs and {out_features} outputs"
+            )
+        if not (np.isfinite(pair.a_RI).all() and np.isfinite(pair.b_OR).all()):
+            raise NumericsError(f"adapter of {name} holds NaN or infinity: it was not taken over")

@@ -46,6 +46,7 @@ class Family:
 
     ``linears`` computes the adaptable linear modules of a block (path inside the block →
     in and out features) from a config; ``default_targets`` are PEFT's for the family.
+    ``inputs_first``: these modules store (in, out) weights (GPT-2's Conv1D), not (out, in).
     ``causal_lm`` None: it writes no text. ``encoder`` None: each token sees only those before it.
     """
 
@@ -62,6 +63,7 @@ class Family:
     tied_by_default: bool
     linears: Callable[[Mapping[str, Any], int], Mapping[str, Features]]
     encoder: Encoder | None = None
+    inputs_first: bool = False
     first_position: Callable[[Mapping[str, Any]], int] = lambda _: 0
 
     @property
@@ -242,6 +244,7 @@ FAMILIES: Mapping[str, Family] = {
         default_targets=("c_attn",),
         tied_by_default=True,
         linears=_gpt2_linears,
+        inputs_first=True,
     ),
     "llama": _gated("llama", "Llama"),
     "qwen2": _gated("qwen2", "Qwen2"),

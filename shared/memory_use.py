@@ -20,6 +20,9 @@ from typing import Protocol
 
 from shared.errors import ConfigError
 
+LOWER_IN_A_RUN = "plan.micro_batch, plan.in_flight or training.max_length"
+"""What a run can do about a memory that is full."""
+
 SAMPLE_EVERY_S = 0.002
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")

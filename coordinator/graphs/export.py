@@ -23,7 +23,7 @@ from shared.graphs import (
 )
 
 OPSET = 20
-"""The newest that onnxruntime 1.17 and later know."""
+"""With the file format that goes with it (IR 10): what onnxruntime 1.18 and later read."""
 
 
 def export_graphs(spec: GraphSpec) -> dict[str, bytes]:

@@ -39,9 +39,9 @@ class ModelToTrace:
         self.architecture = spec.architecture()
         self._spec = spec
         self._sites = spec.sites()
-        skeleton = empty_model(json.loads(spec.config_json), self.architecture)
-        self._skeleton = skeleton.eval().requires_grad_(False)
-        self._config: Any = skeleton.config
+        skeleton: Any = empty_model(json.loads(spec.config_json), self.architecture)
+        self._skeleton: nn.Module = skeleton.eval().requires_grad_(False)
+        self._config = skeleton.config
         # Attention as plain products and a softmax: ONNX has no word for torch's fused one.
         self._config._attn_implementation = "eager"  # noqa: SLF001 - no public setter
         self._hidden = self.architecture.hidden_size

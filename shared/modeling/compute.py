@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import torch
 
 from shared.errors import ConfigError, MemoryFullError
+from shared.memory_use import LOWER_IN_A_RUN
 
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 """In the words of the plain `RuntimeError` that torch raises where the CPU's memory is full."""
-
-_OF_A_RUN = "plan.micro_batch, plan.in_flight or training.max_length"
 
 
 def compute_device(wanted: str | None) -> torch.device:
@@ -33,7 +32,7 @@ def compute_device(wanted: str | None) -> torch.device:
 
 
 @contextlib.contextmanager
-def explained_out_of_memory(owner: str, *, lower: str = _OF_A_RUN) -> Iterator[None]:
+def explained_out_of_memory(owner: str, *, lower: str = LOWER_IN_A_RUN) -> Iterator[None]:
     """Say what to ``lower`` where the memory of ``owner`` is full; also a decorator.
 
     Raises:

@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from shared.adapters import Array, HeldAdapters, LoraPair, ModuleAdapter
-from shared.errors import NumericsError, ProtocolError
+from shared.adapters import Array, HeldAdapters, LoraPair, ModuleAdapter, check_adapter
+from shared.errors import ProtocolError
 
 LinearBase: TypeAlias = nn.Linear | Conv1D
 
@@ -144,7 +144,8 @@ class PartAdapters:
         """
         bases = {name: self._base(name) for name in adapters}
         for name, adapter in adapters.items():
-            _check(name, adapter, base=bases[name])
+            out_features, in_features = _weight_OI(bases[name]).shape
+            check_adapter(name, adapter, features=(in_features, out_features))
         for name, adapter in adapters.items():
             base, frozen = bases[name], adapter.frozen
             if fold and frozen is not None:
@@ -221,17 +222,3 @@ def _fold(base: LinearBase, frozen: LoraPair) -> None:
     merged_OI = (_weight_OI(base).float() + _delta_OI(frozen, base)).to(base.weight.dtype)
     merged = merged_OI.t().contiguous() if isinstance(base, Conv1D) else merged_OI
     base.weight = nn.Parameter(merged, requires_grad=False)
-
-
-def _check(name: str, adapter: ModuleAdapter, *, base: LinearBase) -> None:
-    out_features, in_features = _weight_OI(base).shape
-    for pair in (adapter.trainable, adapter.frozen):
-        if pair is None:
-            continue
-        if (pair.a_RI.shape[1], pair.b_OR.shape[0]) != (in_features, out_features):
-            raise NumericsError(
-                f"adapter of {name}: A {pair.a_RI.shape} and B {pair.b_OR.shape} do not fit a "
-                f"weight with {in_features} inputs and {out_features} outputs"
-            )
-        if not (np.isfinite(pair.a_RI).all() and np.isfinite(pair.b_OR).all()):
-            raise NumericsError(f"adapter of {name} holds NaN or infinity: it was not taken over")

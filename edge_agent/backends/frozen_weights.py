@@ -1,0 +1,74 @@
+"""A front's frozen weights as float32 arrays, read from verified files.
+
+What is stored as float32 and wanted so stays in the mapped file: it is memory that the system
+can take back. Everything else is converted once. onnxruntime has few kernels for half precision
+on a CPU, so a run whose base is in bfloat16 or float16 computes in float32 here, with weights
+that have the values of that dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.errors import ModelError
+from shared.protocol.tensors import pack, unpack
+from shared.terms import ComputeDtype
+from shared.weight_files import StoredTensor, open_tensors
+
+Array32 = npt.NDArray[np.float32]
+
+_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+class FrozenWeights:
+    """The tensors of some pieces, by full Hugging Face name."""
+
+    def __init__(self, files: Iterable[Path], *, dtype: ComputeDtype) -> None:
+        """Map the files; ``dtype``: that the run holds its base in.
+
+        Raises:
+            ModelError: a file is missing or damaged.
+        """
+        self._stored = open_tensors(dict.fromkeys(files))
+        self._dtype: ComputeDtype = dtype
+
+    def get(self, name: str) -> Array32:
+        """Return one tensor, read-only where it is a view of its file.
+
+        Raises:
+            ModelError: it is not in the files.
+        """
+        return self._as_float32(_raw(self._find(name)), self._find(name).dtype)
+
+    def rows(self, name: str, numbers: npt.NDArray[np.int32]) -> Array32:
+        """Return some rows of a matrix, without reading the others.
+
+        Raises:
+            ModelError: it is not in the files.
+        """
+        stored = self._find(name)
+        return self._as_float32(_raw(stored)[numbers], stored.dtype)
+
+    def _find(self, name: str) -> StoredTensor:
+        try:
+            return self._stored[name]
+        except KeyError:
+            raise ModelError(f"weight {name} is missing from the base model's files") from None
+
+    def _as_float32(self, raw: npt.NDArray[Any], stored: str) -> Array32:
+        if stored == "BF16":
+            widened = (raw.astype(np.uint32) << 16).view(np.float32)
+        else:
+            widened = raw.astype(np.float32, copy=False)
+        if self._dtype == "float32":
+            return widened
+        return unpack(pack(widened, self._dtype)).astype(np.float32, copy=False)
+
+
+def _raw(stored: StoredTensor) -> npt.NDArray[Any]:
+    return np.frombuffer(stored.data, dtype=_NUMPY[stored.dtype]).reshape(stored.shape)

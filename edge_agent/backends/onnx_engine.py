@@ -1,0 +1,219 @@
+"""onnxruntime on one execution provider: opening graphs, running them, values where they stay.
+
+Values are `OrtValue`s on the provider's own device, so what a forward pass keeps for the backward
+pass never leaves a GPU. On the CPU they share memory with the arrays that they were made of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from shared.errors import ConfigError, MemoryFullError, ModelError
+from shared.memory_use import LOWER_IN_A_RUN
+
+logger = logging.getLogger(__name__)
+
+Value: TypeAlias = Any
+"""An `onnxruntime.OrtValue`."""
+Values: TypeAlias = Mapping[str, Value]
+
+CPU = "CPUExecutionProvider"
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider", "cpu": CPU}
+"""By the word that a setting names them with."""
+
+_BUILT_FOR_ITS_SHAPES = "tensorrt"
+"""Never chosen unasked: it builds an engine anew for every batch and length that it meets."""
+
+_OUT_OF_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc", "out of memory")
+"""In the words of onnxruntime's errors where a memory is full."""
+
+
+class Engine:
+    """Opens graphs on one provider. Not thread-safe."""
+
+    def __init__(self, device: str | None = None, *, threads: int | None = None) -> None:
+        """Compute on ``device``: ``cpu``, ``cuda``, ``cuda:1``, ``tensorrt``.
+
+        None: CUDA where onnxruntime has it and it loads, else the CPU. ``threads``: CPU threads;
+        None: as many as onnxruntime takes.
+
+        Raises:
+            ConfigError: this onnxruntime has no such provider.
+        """
+        kind, _, index = (device or "").partition(":")
+        self.index = int(index or 0)
+        self._asked = kind or None
+        self._threads = threads
+        self._kind = _choose(self._asked)
+        self._fell_back = False
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that graphs run on."""
+        return PROVIDERS[self._kind]
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether values lie on a GPU."""
+        return self._kind != "cpu"
+
+    def open(self, name: str, path: Path) -> Graph:
+        """Open the graph in a file.
+
+        Raises:
+            ModelError: this onnxruntime cannot read it.
+            ConfigError: the provider that was asked for by name does not load.
+        """
+        session = self._session(name, path)
+        if PROVIDERS[self._kind] not in session.get_providers():
+            self._provider_failed()
+            session = self._session(name, path)
+        return Graph(name, session, device=self._place)
+
+    def put(self, array: npt.NDArray[Any]) -> Value:
+        """Return an array as a value on the device; on the CPU it shares the array's memory.
+
+        Raises:
+            MemoryFullError: the device's memory is full.
+        """
+        contiguous = np.ascontiguousarray(array).reshape(array.shape)
+        with explained_out_of_memory():
+            return ort.OrtValue.ortvalue_from_numpy(contiguous, *self._place)
+
+    @property
+    def _place(self) -> tuple[str, int]:
+        return ("cuda", self.index) if self.is_gpu else ("cpu", 0)
+
+    def _session(self, name: str, path: Path) -> ort.InferenceSession:
+        try:
+            return ort.InferenceSession(str(path), self._options(), providers=self._providers())
+        except Exception as error:  # onnxruntime's own are many, and derive from Exception alone
+            if self.is_gpu and not _is_of_the_graph(error):
+                self._provider_failed(error)
+                return self._session(name, path)
+            raise ModelError(
+                f"{name}: onnxruntime {ort.__version__} cannot open this graph "
+                f"({_first_line(error)}); if it is older than the coordinator's, upgrade it: "
+                "pip install --upgrade onnxruntime"
+            ) from error
+
+    def _provider_failed(self, error: Exception | None = None) -> None:
+        why = "" if error is None else f" ({_first_line(error)})"
+        if self._asked is not None:
+            raise ConfigError(
+                f"device {self._asked} was asked for, but onnxruntime {ort.__version__} cannot "
+                f"load its {self.provider}{why}: check the driver and the libraries that it "
+                "needs, or choose device: cpu"
+            ) from error
+        logger.warning("%s does not load%s: computing on the CPU instead", self.provider, why)
+        self._kind = "cpu"
+
+    def _providers(self) -> list[Any]:
+        if not self.is_gpu:
+            return [CPU]
+        return [(PROVIDERS[self._kind], {"device_id": self.index}), CPU]
+
+    def _options(self) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        # Threads that spin while the agent waits for the coordinator take others' time.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Falling back is told once, by us.
+        options.log_severity_level = 4
+        return options
+
+
+class Graph:
+    """One opened graph."""
+
+    def __init__(
+        self, name: str, session: ort.InferenceSession, *, device: tuple[str, int]
+    ) -> None:
+        """Take the session; results stay on ``device``."""
+        self.name = name
+        self._session = session
+        self._device = device
+        self.inputs: Mapping[str, tuple[int | str | None, ...]] = {
+            one.name: tuple(one.shape) for one in session.get_inputs()
+        }
+        self.outputs = tuple(one.name for one in session.get_outputs())
+
+    def run(self, values: Values, *, wanted: Collection[str] | None = None) -> dict[str, Value]:
+        """Return the outputs (all, or those ``wanted``); more ``values`` than inputs may be given.
+
+        Raises:
+            MemoryFullError: the memory is full.
+        """
+        names = self.outputs if wanted is None else tuple(wanted)
+        binding = self._session.io_binding()
+        for name in self.inputs:
+            binding.bind_ortvalue_input(name, values[name])
+        for name in names:
+            binding.bind_output(name, *self._device)
+        with explained_out_of_memory():
+            self._session.run_with_iobinding(binding)
+        return dict(zip(names, binding.get_outputs(), strict=True))
+
+
+@contextlib.contextmanager
+def explained_out_of_memory() -> Iterator[None]:
+    """Say what to lower where the memory is full; also a decorator.
+
+    Raises:
+        MemoryFullError: numpy or onnxruntime ran out of memory inside.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise _memory_full(error) from error
+    except Exception as error:
+        if not any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise
+        raise _memory_full(error) from error
+
+
+def _memory_full(error: BaseException) -> MemoryFullError:
+    return MemoryFullError(
+        f"this device is out of memory: lower {LOWER_IN_A_RUN} ({_first_line(error)})"
+    )
+
+
+def _choose(asked: str | None) -> str:
+    """Return the kind of device to compute on.
+
+    Raises:
+        ConfigError: this onnxruntime has no provider for what was asked for.
+    """
+    offered = ort.get_available_providers()
+    if asked is None:
+        return "cuda" if PROVIDERS["cuda"] in offered else "cpu"
+    if asked not in PROVIDERS or PROVIDERS[asked] not in offered:
+        there = [kind for kind, provider in PROVIDERS.items() if provider in offered]
+        raise ConfigError(
+            f"device {asked} is not there: onnxruntime {ort.__version__} on this machine offers "
+            f"{', '.join(there)}; a GPU needs a build for it, such as onnxruntime-gpu"
+        )
+    return asked
+
+
+def _is_of_the_graph(error: Exception) -> bool:
+    return type(error).__name__ in (
+        "InvalidGraph",
+        "InvalidProtobuf",
+        "NoSuchFile",
+        "NotImplemented",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:300] if lines else type(error).__name__
