@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from coordinator.handback import HandBack
-from coordinator.model_store import ModelStore
 from coordinator.planning.device_plan import DevicePlan
 from coordinator.wire_adapters import to_wire
 from shared.classifier_weights import ClassifierTensors
@@ -23,15 +24,26 @@ MAX_PIECE_BYTES = 4 * 2**20
 """Given at once: more would keep the one thread, and other devices' answers, waiting."""
 
 
-def piece_bytes(store: ModelStore, request: PieceRequest) -> PieceBytes:
-    """Return the bytes of the base model that were asked for.
+class Pieces(Protocol):
+    """Content that is read by its SHA-256."""
+
+    def read(self, sha256: str, *, offset: int, length: int) -> memoryview:
+        """Return bytes of a piece.
+
+        Raises:
+            ProtocolError: no such piece, or the range is not inside it.
+        """
+
+
+def piece_bytes(pieces: Pieces, request: PieceRequest) -> PieceBytes:
+    """Return the bytes that were asked for.
 
     Raises:
         ProtocolError: no such piece or range, or too much at once.
     """
     if request.length > MAX_PIECE_BYTES:
         raise ProtocolError(f"{request.length} bytes at once, more than {MAX_PIECE_BYTES}")
-    data = store.read(request.sha256, offset=request.offset, length=request.length)
+    data = pieces.read(request.sha256, offset=request.offset, length=request.length)
     frame = TensorFrame("uint8", (len(data),), data)
     return PieceBytes(call=request.call, sha256=request.sha256, offset=request.offset, data=frame)
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from coordinator import answers
 from coordinator.assigning import Assigner
 from coordinator.attention import AttendedClock, Watch
 from coordinator.checkpoints import Checkpoint
 from coordinator.exchange import Failed
 from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
+from coordinator.graphs.library import GraphLibrary
 from coordinator.lateness import LATE_BEFORE_LIGHTER, Lateness
-from coordinator.membership import Membership, StaleRequestError, refusal_code
+from coordinator.membership import Membership, StaleRequestError
 from coordinator.model_store import ModelStore
 from coordinator.outliers import OutlierError, Screening
 from coordinator.presence import Presence
@@ -28,6 +28,7 @@ from coordinator.round_driver import RoundDriver
 from coordinator.round_opening import RoundOpener
 from coordinator.run_listener import RunListener
 from coordinator.settings import CoordinatorSettings
+from coordinator.supplies import Supplies
 from shared.architecture import ModelArchitecture
 from shared.clock import Clock
 from shared.errors import HsplitError, NumericsError, QuorumError, StorageError
@@ -37,13 +38,13 @@ from shared.protocol.messages import (
     DeviceId,
     EvaluationResult,
     Finished,
+    GraphsRequest,
     HiddenGradients,
     JoinRequest,
     Message,
     PieceRequest,
     Prepared,
     Ready,
-    Refusal,
     Request,
     RoundResult,
 )
@@ -68,6 +69,7 @@ class Coordinator:
         link: MessageLink,
         clock: Clock,
         store: ModelStore,
+        graphs: GraphLibrary,
         architecture: ModelArchitecture,
         model: GlobalModel,
         fleet: Fleet,
@@ -83,7 +85,6 @@ class Coordinator:
         self._settings = settings
         self._link = link
         self._clock = attended = AttendedClock(clock)
-        self._store = store
         self._model = model
         self._fleet = fleet
         self._reporter = reporter
@@ -108,6 +109,7 @@ class Coordinator:
             on_lost=self._lost,
             listener=listener,
         )
+        self._supplies = Supplies(store, graphs, self.members)
         self._assigner = Assigner(
             settings.devices, members=self.members, fleet=fleet, clock=attended
         )
@@ -145,7 +147,7 @@ class Coordinator:
             StorageError: a checkpoint cannot be written.
         """
         self._clock.look()
-        did = self._work()
+        did = self._work() | self._supplies.turn()
         event = self._link.receive(0.0 if did else timeout_s)
         handled = 0
         while event is not None:
@@ -206,10 +208,7 @@ class Coordinator:
             self._refuse(member, message.call, error, what=message.type)
 
     def _refuse(self, member: Member, call: Call, error: HsplitError, *, what: str) -> None:
-        code = refusal_code(error)
-        level = logging.INFO if code == "stale" else logging.WARNING
-        logger.log(level, "%s: %s refused: %s", member.device_id, what, error)
-        self.members.answer(member, Refusal(call=call, code=code, reason=str(error)[:4000]))
+        code = self.members.refuse(member, call, error, what=what)
         if isinstance(error, NumericsError) and not isinstance(error, OutlierError):
             self._screening.offended(member.device_id)
         if code in ("stale", "outlier", "bad_numbers"):
@@ -218,8 +217,8 @@ class Coordinator:
             self.members.lose(member, "its updates were refused too often")
 
     def _carry_out(self, member: Member, request: Request) -> None:
-        if isinstance(request, PieceRequest):
-            self.members.answer(member, answers.piece_bytes(self._store, request))
+        if isinstance(request, (PieceRequest, GraphsRequest)):
+            self._supplies.serve(member, request)
             return
         self._screening.check(member.device_id)
         if isinstance(request, Ready):
@@ -270,6 +269,8 @@ class Coordinator:
         ]
         ready = prepared if len(in_time) < least else in_time
         now = self._clock.monotonic_s()
+        if self._supplies.is_awaited:
+            self._quorum.bear(now)
         verdict = self._quorum.judge(len(ready), on_their_way=on_their_way, least=least, now_s=now)
         if verdict is Verdict.START:
             self._start_round(ready)
@@ -361,6 +362,7 @@ class Coordinator:
 
     def _finish(self) -> None:
         self.finished = True
+        self._supplies.finish(RUN_COMPLETE)
         for member in self.members.registry:
             if member.waiting is not None:
                 self.members.answer(member, Finished(call=member.waiting, reason=RUN_COMPLETE))
@@ -375,13 +377,7 @@ class Coordinator:
     def _set_back(self, member: Member, *, but: Call | None = None) -> None:
         """Leave a member out of the open round (the next may have it), its calls ``but`` one."""
         self._lost(member)
-        reason = "the round goes on without this device"
-        for call in [one for one in member.book.pending if one != but]:
-            self.members.answer(member, Refusal(call=call, code="stale", reason=reason))
-        member.stage = Stage.JOINED
-        member.waiting = None
-        member.fresh = True
-        member.changing = False
+        self.members.set_back(member, but=but)
 
     def _leave_out_the_late(self, passed_s: float) -> None:
         driver = self._driver

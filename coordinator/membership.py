@@ -14,6 +14,7 @@ from shared.errors import HsplitError, NumericsError, PlanError, ProtocolError
 from shared.protocol.messages import (
     ActivationGradients,
     Answer,
+    Call,
     DeviceId,
     EvaluatedLoss,
     Finished,
@@ -178,6 +179,24 @@ class Membership:
         topic = self._topic(member.device_id, answer)
         member.book.answer(topic, answer, self._clock.monotonic_s())
         self._link.send(topic, answer)
+
+    def refuse(self, member: Member, call: Call, error: HsplitError, *, what: str) -> RefusalCode:
+        """Say why a call cannot be carried out; return what that is called on the wire."""
+        code = refusal_code(error)
+        level = logging.INFO if code == "stale" else logging.WARNING
+        logger.log(level, "%s: %s refused: %s", member.device_id, what, error)
+        self.answer(member, Refusal(call=call, code=code, reason=str(error)[:4000]))
+        return code
+
+    def set_back(self, member: Member, *, but: Call | None = None) -> None:
+        """Have a member begin anew: all its calls ``but`` one are void, and so is what it holds."""
+        reason = "the round goes on without this device"
+        for call in [one for one in member.book.pending if one != but]:
+            self.answer(member, Refusal(call=call, code="stale", reason=reason))
+        member.stage = Stage.JOINED
+        member.waiting = None
+        member.fresh = True
+        member.changing = False
 
     def lose(self, member: Member, reason: str) -> None:
         """Strike a member off."""

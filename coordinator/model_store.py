@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from coordinator import piece_content
 from coordinator.model_folder import ModelFolder, find_model, read_texts, tokenizer_file
-from coordinator.piece_cutting import PieceContent, cut, remembered_pieces
+from coordinator.piece_content import PieceContent
+from coordinator.piece_cutting import cut, remembered_pieces
 from coordinator.settings import CoordinatorSettings
 from shared.architecture import ModelArchitecture
 from shared.config import base_folder
-from shared.errors import ProtocolError
 from shared.protocol.messages import ModelDescription
 from shared.terms import TrainingChoices
 from shared.weight_files import StoredTensor, open_tensors, weight_files
@@ -130,15 +131,7 @@ class ModelStore:
         Raises:
             ProtocolError: no such piece, or the range is not inside it.
         """
-        content = self._by_sha256.get(sha256)
-        if content is None:
-            raise ProtocolError(f"this model has no piece {sha256}")
-        if offset < 0 or length < 1 or offset + length > content.size_bytes:
-            raise ProtocolError(
-                f"bytes {offset} to {offset + length} are not in piece {sha256}, "
-                f"which has {content.size_bytes}"
-            )
-        return content.read(offset, length)
+        return piece_content.read(self._by_sha256, sha256, offset=offset, length=length)
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """Return the model's tensors by full Hugging Face name, each read when it is asked for.

@@ -10,63 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
+from coordinator.piece_content import PieceContent, Tensors
 from shared.architecture import ModelArchitecture
 from shared.atomic import replace_file
 from shared.errors import ModelError, StorageError
 from shared.modeling.skeleton import empty_model
 from shared.protocol.messages import Piece
-from shared.weight_files import ITEM_BYTES, StoredTensor, header, in_file_order
+from shared.weight_files import ITEM_BYTES, StoredTensor
 
 logger = logging.getLogger(__name__)
 
-Tensors: TypeAlias = Mapping[str, StoredTensor]
-
 _FORMAT = "hsplit pieces 1"
 """Changed whenever the bytes of a piece would come out otherwise."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PieceContent:
-    """The bytes of a piece, as consecutive views of what is mapped."""
-
-    views: tuple[memoryview, ...] = field(repr=False)
-
-    @classmethod
-    def of(cls, tensors: Tensors) -> PieceContent:
-        """Return a safetensors file that holds ``tensors``: a header, then their own bytes."""
-        ordered = in_file_order(tensors)
-        return cls((memoryview(header(ordered)), *(t.data for t in ordered.values())))
-
-    @property
-    def size_bytes(self) -> int:
-        """How many bytes there are."""
-        return sum(view.nbytes for view in self.views)
-
-    def sha256(self) -> str:
-        """Return the hash of all bytes, as hex."""
-        digest = hashlib.sha256()
-        for view in self.views:
-            digest.update(view)
-        return digest.hexdigest()
-
-    def read(self, offset: int, length: int) -> memoryview:
-        """Return a range of bytes, without a copy where it lies in one view."""
-        parts = list(self._overlaps(offset, offset + length))
-        return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
-
-    def _overlaps(self, start: int, end: int) -> Iterator[memoryview]:
-        first = 0
-        for view in self.views:
-            if first < end and start < first + view.nbytes:
-                yield view[max(0, start - first) : end - first]
-            first += view.nbytes
 
 
 def cut(

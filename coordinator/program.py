@@ -18,6 +18,7 @@ from coordinator.embedded_broker import EmbeddedBroker
 from coordinator.export import export_adapter, export_merged
 from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
+from coordinator.graphs.library import GraphLibrary
 from coordinator.journal import Journal
 from coordinator.lateness import Lateness
 from coordinator.metrics import SUMMARY_FILE, DeviceSummary, MetricsWriter, Summary
@@ -77,6 +78,8 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
         if checkpoint is not None:
             model.resume(checkpoint)
         fleet = _fleet(start, clock)
+        graphs = GraphLibrary.of(settings, start.store, clock)
+        stack.callback(graphs.close)
         reporter = _reporter(settings, link, clock, checkpoint=checkpoint)
         stack.callback(reporter.close)
         coordinator = Coordinator(
@@ -84,6 +87,7 @@ def run(settings: CoordinatorSettings, clock: Clock, *, resume: bool) -> Summary
             link=link,
             clock=clock,
             store=start.store,
+            graphs=graphs,
             architecture=start.architecture,
             model=model,
             fleet=fleet,

@@ -32,6 +32,10 @@ class Quorum:
         self._idle_since_s = now_s
         self._enough_since_s = None
 
+    def bear(self, now_s: float) -> None:
+        """Count no time until now: devices wait for something of ours."""
+        self._idle_since_s = now_s
+
     def too_few(self, ready: int, *, least: int) -> QuorumError:
         """Return the error that giving up is."""
         return QuorumError(

@@ -1,4 +1,4 @@
-"""Fetching pieces of the base model from the coordinator.
+"""Fetching pieces of the base model, and graphs, from the coordinator.
 
 `Download` decides what to ask next and writes what comes, but sends nothing; `Downloads` is
 the script (`edge_agent.conversation`) that carries one out.
@@ -179,7 +179,7 @@ class Downloads:
         """
         download = Download(self._cache, pieces, window=self._window, range_bytes=self._range_bytes)
         try:
-            yield from _carry_out(download, conversation)
+            yield from _carry_out(download, conversation, what=_what(pieces))
         finally:
             download.close()
         return {piece.name: self._cache.path(piece) for piece in pieces}
@@ -199,9 +199,14 @@ class Downloads:
             logger.info("%.1f MB of older base weights deleted (cache_limit)", freed / 1e6)
 
 
-def _carry_out(download: Download, conversation: Conversation) -> Script[None]:
+def _what(pieces: Iterable[Piece]) -> str:
+    are_graphs = all(piece.name.startswith("graph.") for piece in pieces)
+    return "graphs" if are_graphs else "the base model"
+
+
+def _carry_out(download: Download, conversation: Conversation, *, what: str) -> Script[None]:
     if download.total_bytes:
-        logger.info("fetching %.1f MB of the base model", download.total_bytes / 1e6)
+        logger.info("fetching %.1f MB of %s", download.total_bytes / 1e6, what)
     open_: dict[int, PieceRange] = {}
     while True:
         for range_ in download.ask() if conversation.has_room else ():

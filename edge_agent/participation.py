@@ -16,16 +16,15 @@ from edge_agent.dataset import Dataset
 from edge_agent.downloads import Downloads
 from edge_agent.local_training import LossSum, Purpose, Work
 from edge_agent.profiler import MeasureRequest, Profiler
+from edge_agent.provisions import Provisions
 from edge_agent.records import Records
 from edge_agent.stopwatch import Stopwatch
 from edge_agent.tasks import sequences_of
 from edge_agent.vocabulary import Vocabulary
-from shared.architecture import ModelArchitecture
 from shared.class_counts import total
 from shared.clock import Clock
 from shared.errors import (
     MemoryFullError,
-    ModelError,
     PlanError,
     ProtocolError,
     RefusedError,
@@ -98,25 +97,32 @@ class Participation:
         self._training = welcome.training
         self._lora = welcome.lora
         self._optimizer = welcome.optimizer
-        self._pieces = {piece.name: piece for piece in welcome.model.pieces}
-        self._architecture = ModelArchitecture.from_json(
-            welcome.model.config_json, welcome.training
-        )
+        self._provisions = Provisions(welcome, conversation, parts.downloads)
+        self._architecture = self._provisions.architecture
         self._head_is_here = welcome.training.labels == "device"
         self._measure_at = welcome.measure_at
         self._measurements: Measurements | None = None
+        self._graphs: Mapping[str, Path] = {}
         self._loaded: int | None = None
         self._data: Dataset
         self.phase = "fetching the tokenizer"
 
     def get_ready(self) -> Script[None]:
-        """Turn the device's text into tokens, and measure the device where that is wanted."""
+        """Turn text into tokens, get graphs for a backend that needs some, measure the device.
+
+        Raises:
+            PlanError: the coordinator has no graphs for this model.
+            ModelError: something is not offered, or what came of it was twice something else.
+        """
         yield from self._tokenise()
+        if self._parts.backend.needs_graphs:
+            self.phase = "waiting for graphs"
+            self._graphs = yield from self._provisions.graphs()
         if self._measure_at is not None and self._parts.profiler is not None:
             yield from self._measure(self._measure_at, self._parts.profiler)
 
     def _tokenise(self) -> Script[None]:
-        files = yield from self._fetch(("tokenizer",))
+        files = yield from self._provisions.pieces(("tokenizer",))
         read = functools.partial(
             sequences_of,
             vocabulary=Vocabulary(files["tokenizer"], self._model),
@@ -145,9 +151,10 @@ class Participation:
             optimizer=self._optimizer,
             micro_batch=micro_batch,
             length=math.ceil(self._data.shape(micro_batch).padded_length),
+            graphs=self._graphs,
         )
         self.phase = "fetching what is measured"
-        files = yield from self._fetch(profiler.pieces(request))
+        files = yield from self._provisions.pieces(profiler.pieces(request))
         self.phase = "measuring"
         self._measurements = profiler.measure(request, files)
 
@@ -217,11 +224,9 @@ class Participation:
 
     def _hold(self, split_layer: int) -> Script[None]:
         """Fetch what this split layer needs, and load it in place of what was held."""
-        names = self._architecture.front_pieces(split_layer, head_on_device=self._head_is_here)
-        files = yield from self._fetch(names)
-        self._parts.downloads.prune()
+        files = yield from self._provisions.front(split_layer)
         self._loaded = None
-        self._load(FrontBase(self._model.config_json, files, split_layer))
+        self._load(FrontBase(self._model.config_json, files, split_layer, self._graphs))
         self._loaded = split_layer
 
     def _load(self, base: FrontBase) -> None:
@@ -232,14 +237,6 @@ class Participation:
             lora=self._lora,
             optimizer=self._optimizer,
         )
-
-    def _fetch(self, names: Sequence[str]) -> Script[Mapping[str, Path]]:
-        """Return these pieces of the base model as verified files, fetching what is missing."""
-        unknown = [name for name in names if name not in self._pieces]
-        if unknown:
-            raise ModelError(f"the coordinator does not offer {', '.join(unknown)}")
-        pieces = [self._pieces[name] for name in names]
-        return (yield from self._parts.downloads.fetch(pieces, self._conversation))
 
     # --- a round ------------------------------------------------------------------------------
 

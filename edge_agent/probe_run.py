@@ -112,8 +112,9 @@ class ProbeRun:
         if self._held is None or self._held[0] != blocks:
             with_head = spec.training.labels == "device"
             names = self._architecture.front_pieces(blocks, head_on_device=with_head)
+            files = {name: spec.files[name] for name in names}
             self._backend.load(
-                FrontBase(spec.config_json, {name: spec.files[name] for name in names}, blocks),
+                FrontBase(spec.config_json, files, blocks, spec.graphs),
                 device_id=spec.device_id,
                 training=spec.training,
                 lora=spec.lora,

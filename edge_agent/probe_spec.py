@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -22,7 +22,8 @@ class ProbeSpec:
     """All that the child must know.
 
     ``files``: pieces of the base model by name: embeddings, blocks from 0 on and, with the head
-    on the device, its pieces. ``emulate``: a specification of `edge_agent.emulation`.
+    on the device, its pieces. ``graphs``: those that the backend computes with, by name, if it
+    does. ``emulate``: a specification of `edge_agent.emulation`.
     ``memory_bytes``: what training may use in all; None: no limit is known. ``program_bytes``:
     what the agent itself has of the machine's memory; 0: as much as the child at its start.
     """
@@ -42,6 +43,7 @@ class ProbeSpec:
     memory_bytes: int | None = None
     program_bytes: int = 0
     budget_s: float = BUDGET_S
+    graphs: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def block_count(self) -> int:

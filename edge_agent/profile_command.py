@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent import link_probe
+from edge_agent.backends import chosen_backend
 from edge_agent.emulation import link_of
 from edge_agent.local_model import LocalModel, open_model
 from edge_agent.profile_cache import FOLDER, ProfileCache
@@ -87,6 +88,7 @@ def run(settings: ProfileSettings, clock: Clock, *, fresh: bool, output: Path | 
     model = None if settings.model is None else open_model(settings.model)
     if model is not None:
         _check_length(settings.length, model)
+        _check_backend(settings)
     with contextlib.closing(open_sensors(gpu=settings.gpu)) as sensors:
         link = _link(settings, clock)
         profiler = Profiler(
@@ -160,6 +162,16 @@ def _measured(
     with _scratch(settings.cache_folder) as scratch:
         files = model.piece_files(names, scratch=scratch)
         return profiler.measure(request, files, fresh=fresh)
+
+
+def _check_backend(settings: DeviceSettings) -> None:
+    """Raise where a model cannot be measured without a coordinator."""
+    if chosen_backend(settings.backend) == "onnx":
+        raise ConfigError(
+            "a model is measured here with torch, and backend onnx has no code of models: it "
+            "measures itself with a run's graphs when it joins one. Leave --model out, or "
+            "pip install 'hsplit[torch]' and add --backend torch"
+        )
 
 
 def _accelerator(settings: DeviceSettings, facts: DeviceFacts) -> str | None:

@@ -6,11 +6,12 @@ import json
 import logging
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TypeAlias
 
+from edge_agent.backends import PACKAGES, chosen_backend
 from edge_agent.probe_spec import ProbeSpec
 from edge_agent.probing import ProbeResult, probe
 from edge_agent.profile_cache import ProfileCache, ProfileKey, length_bucket
@@ -61,10 +62,22 @@ class Machine:
             memory_limit=settings.least_memory,
         )
 
+    @property
+    def computes_with(self) -> str:
+        """The backend by its own name, where ``backend`` is ``auto``.
+
+        Raises:
+            ConfigError: none is installed.
+        """
+        return chosen_backend(self.backend)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureRequest:
-    """What to measure: a model under a run's terms, ``micro_batch`` sequences of ``length``."""
+    """What to measure: a model under a run's terms, ``micro_batch`` sequences of ``length``.
+
+    ``graphs``: what the backend computes with, by name, if it does.
+    """
 
     config_json: str
     training: TrainingTerms
@@ -72,6 +85,7 @@ class MeasureRequest:
     optimizer: OptimizerTerms
     micro_batch: int
     length: int
+    graphs: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Profiler:
@@ -185,7 +199,7 @@ class Profiler:
     ) -> Measurements:
         return Measurements(
             hsplit_version=version.VERSION,
-            backend=self._machine.backend,
+            backend=self._machine.computes_with,
             dtype=request.training.dtype,
             threads=self._machine.threads,
             model=architecture.fingerprint,
@@ -200,7 +214,7 @@ class Profiler:
         machine = self._machine
         on_gpu = machine.device != "cpu" and self._sensors.facts().accelerator is not None
         return ProbeSpec(
-            backend=machine.backend,
+            backend=machine.computes_with,
             device=None if machine.device == "auto" else machine.device,
             threads=machine.threads,
             emulate=machine.emulate,
@@ -213,6 +227,7 @@ class Profiler:
             micro_batch=request.micro_batch,
             length=request.length,
             memory_bytes=self.memory_bytes(on_gpu=on_gpu),
+            graphs=request.graphs,
         )
 
     def _key(self, request: MeasureRequest, architecture: ModelArchitecture) -> ProfileKey:
@@ -222,7 +237,7 @@ class Profiler:
             device_id=machine.device_id,
             model=architecture.fingerprint,
             blocks=_blocks(architecture),
-            backend=machine.backend,
+            backend=machine.computes_with,
             device=machine.device,
             accelerator=facts.accelerator,
             power_mode=facts.power_mode,
@@ -239,7 +254,7 @@ class Profiler:
             micro_batch=request.micro_batch,
             length=length_bucket(request.length),
             hsplit_version=version.VERSION,
-            backend_version=_installed(machine.backend),
+            backend_version=_installed(PACKAGES[machine.computes_with][0]),
         )
 
 
@@ -274,7 +289,7 @@ def _blocks(architecture: ModelArchitecture) -> int:
 
 
 def _installed(package: str) -> str:
-    """Return the version of a backend's package, without importing it; empty if not installed."""
+    """Return the version of a package, without importing it; empty if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -48,16 +48,17 @@ class DeviceSettings(HsplitSettings):
 
     ``cache_folder`` keeps the base weights and may be shared by agents, and shrinks to
     ``cache_limit`` where one is given; ``state_folder`` belongs to one agent alone.
-    ``memory_limit`` is what training may use; ``device`` where it computes (auto: on the GPU
-    where there is one); ``threads`` the CPU threads (None: the backend's choice). ``emulate``
-    plays a smaller device (`edge_agent.emulation`).
+    ``backend`` is what computes (auto: torch where it is installed, else onnx); ``device`` where
+    it computes (auto: on the GPU where there is one); ``threads`` the CPU threads (None: the
+    backend's choice). ``memory_limit`` is what training may use. ``emulate`` plays a smaller
+    device (`edge_agent.emulation`).
     """
 
     device_id: Device
     cache_folder: UserPath = Field(default_factory=_cache_folder)
     cache_limit: MemoryLimit | None = None
     state_folder: UserPath | None = None
-    backend: Literal["torch"] = "torch"
+    backend: Literal["auto", "torch", "onnx"] = "auto"
     device: ComputeDevice = "auto"
     memory_limit: MemoryLimit | None = None
     threads: Annotated[int, Ge(1), Le(1024)] | None = None

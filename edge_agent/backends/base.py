@@ -6,7 +6,7 @@ The agent speaks to every backend in numpy and `TensorFrame`, so it never import
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -62,18 +62,22 @@ class FrontBase:
 
     ``files`` maps ``embeddings``, ``block.<j>`` and, with the head on the device,
     ``final_norm`` and (untied) ``head`` to safetensors files that hold the tensors under
-    their full Hugging Face names.
+    their full Hugging Face names. ``graphs``: ONNX files by the names of `shared.graphs`, for a
+    backend that needs them.
     """
 
     config_json: str
     files: Mapping[str, Path]
     split_layer: int
+    graphs: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Backend(Protocol):
     """The front of a model, and its head with `labels: device`, under LoRA training."""
 
     name: str
+    needs_graphs: bool
+    """Whether it has no model code of its own, and computes with `FrontBase.graphs`."""
 
     @property
     def accelerator(self) -> str | None:

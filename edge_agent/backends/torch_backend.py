@@ -63,6 +63,7 @@ class TorchBackend:
     """
 
     name = "torch"
+    needs_graphs = False
 
     def __init__(self, device: str | None = None, *, threads: int | None = None) -> None:
         """Compute on ``device`` (a torch device); None: CUDA where available, else the CPU.

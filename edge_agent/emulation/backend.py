@@ -67,6 +67,7 @@ class EmulatedBackend:
     ) -> None:
         """Wrap ``inner``; only tests need another ``sleep``."""
         self.name = inner.name
+        self.needs_graphs = inner.needs_graphs
         self._inner = inner
         self._emulation = emulation
         self._sleep = sleep

@@ -19,6 +19,8 @@ from coordinator import checkpoints, strategies
 from coordinator.coordinator import Coordinator
 from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
+from coordinator.graphs.library import GraphLibrary
+from coordinator.graphs.spec import GraphSpec
 from coordinator.lateness import Lateness
 from coordinator.metrics import MetricsWriter
 from coordinator.model_store import ModelStore
@@ -28,6 +30,7 @@ from coordinator.settings import CoordinatorSettings
 from edge_agent import records
 from edge_agent.agent import Agent
 from edge_agent.backends import open_backend
+from edge_agent.backends.base import Backend
 from edge_agent.conversation import Conversation, new_instance, status_will
 from edge_agent.downloads import Downloads
 from edge_agent.model_cache import ModelCache
@@ -134,7 +137,11 @@ class Device:
 
 @dataclass
 class Simulation:
-    """Builds and drives the system. ``settings``: as in a run file, without ``model``."""
+    """Builds and drives the system. ``settings``: as in a run file, without ``model``.
+
+    ``graphs_folder``: a cache of graphs to share; a child process that exports knows nothing of
+    the fake clock, and must be waited for by whoever lets it start.
+    """
 
     folder: Path
     family: str = "gpt2"
@@ -145,6 +152,7 @@ class Simulation:
     keeps_traffic: bool = True
     share_labels: bool = True
     measure_server: Callable[[int, int], Measurements] | None = None
+    graphs_folder: Path | None = None
 
     def __post_init__(self) -> None:
         self.clock = FakeClock()
@@ -202,11 +210,21 @@ class Simulation:
         self.reporter = Reporter(
             writer, link, self.clock, total_steps=settings.total_steps, tallies=tallies
         )
+        self.graphs = GraphLibrary(
+            GraphSpec(
+                config_json=store.describe().config_json,
+                training=training,
+                lora=settings.lora,
+            ),
+            self.graphs_folder or self.folder / "graphs",
+            self.clock,
+        )
         return Coordinator(
             settings,
             link=link,
             clock=self.clock,
             store=store,
+            graphs=self.graphs,
             architecture=architecture,
             model=model,
             fleet=self.fleet,
@@ -226,12 +244,14 @@ class Simulation:
         lines: int = 24,
         seed: int | None = None,
         text: tuple[Path, Path] | None = None,
+        backend: Backend | None = None,
         **profile: Any,
     ) -> Device:
-        """Start an agent on ``text`` (training, held out).
+        """Start an agent on ``text`` (training, held out), with torch unless ``backend`` is given.
 
-        Without any, the name alone decides its text, unless ``seed`` does.
+        Without any text, the name alone decides it, unless ``seed`` does.
         """
+        backend = backend or open_backend("torch")
         device = DeviceId(name)
         if text is None:
             chosen = sum(name.encode()) if seed is None else seed
@@ -248,7 +268,7 @@ class Simulation:
         link.admit(device)
         link.start(agent_filters(device), timeout_s=1)
         parts = Parts(
-            backend=open_backend("torch"),
+            backend=backend,
             downloads=Downloads(_cache(self.folder / f"cache-{name}")),
             records=loaded.training,
             held_out_records=loaded.held_out,
@@ -258,7 +278,7 @@ class Simulation:
         agent = Agent(
             Conversation(device, instance, link, self.clock),
             DeviceProfile(
-                backend="torch",
+                backend=backend.name,
                 hsplit_version="0",
                 sequences=len(loaded.training),
                 evaluation_sequences=len(loaded.held_out or ()),
@@ -280,6 +300,7 @@ class Simulation:
         """Kill the coordinator and start it again from its last checkpoint."""
         self.coordinator_transport.vanish()
         self.reporter.close()
+        self.graphs.close()
         found = checkpoints.latest(self.config.run_folder / "checkpoints")
         assert found is not None
         self.coordinator = self._coordinator(found)

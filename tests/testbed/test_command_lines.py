@@ -23,12 +23,14 @@ AGENT = {
         *("--cert-file", "--key-file"),
         *("--data", "--evaluation-data", "--evaluation-fraction", "--share-labels"),
         *("--cache-folder", "--cache-limit", "--state-folder", "--memory-limit", "--device"),
+        "--backend",
         *("--threads", "--emulate", "--log-level", "--log-format"),
     },
     "profile": {
         *("--config", "--broker", "--username", "--password-file", "--ca-file", "--device-id"),
         *("--cert-file", "--key-file"),
         *("--cache-folder", "--state-folder", "--memory-limit", "--device", "--threads"),
+        "--backend",
         *(
             "--emulate",
             "--log-level",

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.model_store import ModelStore
-from coordinator.piece_cutting import PieceContent
+from coordinator.piece_content import PieceContent
 from shared.errors import ModelError, ProtocolError
 from shared.protocol.messages import ModelDescription
 from shared.terms import TrainingChoices
