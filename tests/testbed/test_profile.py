@@ -15,6 +15,7 @@ import pytest
 
 from shared import profile_file
 from shared.architecture import ModelArchitecture
+from shared.errors import ConfigError
 from tests.support.brokers import Mosquitto, free_port
 from tests.testbed import small_run
 from tests.testbed.in_process import Ended, agent_main
@@ -35,6 +36,12 @@ def own_folders(folder: Path) -> Iterator[None]:
 def _own_folders(tmp_path) -> Iterator[None]:
     with own_folders(tmp_path):
         yield
+
+
+def test_a_model_is_not_measured_with_a_backend_that_has_no_code_of_it():
+    ended = agent_main("profile", *MODEL, *SMALL, "--device-id", "nano", "--backend", "onnx")
+    assert ended.code == ConfigError.exit_code
+    assert "measures itself with a run's graphs when it joins one" in ended.words
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from shared.errors import PlanError
 from shared.memory_use import resident_bytes
 from shared.protocol.tensors import TensorFrame
 from shared.terms import TrainingTerms
+from tests.support.backends_with_graphs import WithGraphs
 from tests.support.fake_clock import FakeClock
 from tests.support.probe_specs import first_blocks, probe_spec
 from tests.support.tiny_models import CLASSIFYING, FAMILIES
@@ -76,6 +78,13 @@ def test_every_family_is_measured_at_all_points(tmp_path, family):
     assert [line.head.tokens for line in lines if line.head] == [64, 16]
     assert len([line for line in lines if line.optimizer]) == 2
     assert not [line for line in lines if line.warning]
+
+
+def test_a_backend_that_computes_with_graphs_is_given_them(tmp_path):
+    backend = WithGraphs()
+    graphs = {"graph.head": tmp_path / "head"}
+    run(dataclasses.replace(spec(tmp_path), graphs=graphs), backend)
+    assert backend.given == graphs
 
 
 @pytest.mark.parametrize("family", CLASSIFYING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,25 @@ def test_what_was_probed_is_what_is_reported(tmp_path):
     (spec,) = bench.probed
     assert (spec.micro_batch, spec.length, spec.files) == (4, 128, FILES)
     assert (spec.device, spec.memory_bytes) == ("cpu", 8 * GIB)
+
+
+def test_a_backend_is_probed_with_its_graphs_and_known_by_the_version_of_what_it_runs(tmp_path):
+    bench = Bench(tmp_path, backend="onnx")
+    graphs = {"graph.full_attention.forward": Path("0a")}
+    found = bench.measure(dataclasses.replace(REQUEST, graphs=graphs))
+    (spec,) = bench.probed
+    assert (spec.backend, spec.graphs) == ("onnx", graphs)
+    assert found.backend == "onnx"
+    key = json.loads(bench.file.read_text())["key"]
+    assert (key["backend"], key["backend_version"]) == ("onnx", metadata.version("onnxruntime"))
+
+
+def test_a_backend_that_was_not_named_is_measured_under_its_own_name(tmp_path):
+    named = Bench(tmp_path)
+    named.measure()
+    unnamed = Bench(tmp_path, backend="auto")
+    assert unnamed.measure().backend == "torch"
+    assert unnamed.probed == [], "what it measured under that name is its own"
 
 
 def test_compute_is_measured_once_and_memory_and_link_each_time(tmp_path):

@@ -43,6 +43,15 @@ def test_labels_are_shared_only_where_somebody_says_so():
     assert load(share_labels="true").share_labels is True
 
 
+def test_what_computes_need_not_be_said():
+    assert load().backend == "auto"
+    assert [load(backend=name).backend for name in ("auto", "torch", "onnx")] == [
+        "auto",
+        "torch",
+        "onnx",
+    ]
+
+
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
 def test_where_to_compute_can_be_said(device):
     assert load(device=device).device == device
