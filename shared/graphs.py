@@ -41,10 +41,19 @@ def block_kind(config: Mapping[str, Any], block: int) -> str:
 
     Blocks of one kind differ in nothing but their weights.
     """
-    types = config.get("layer_types")
-    kind = str(types[block]) if isinstance(types, list) else "full_attention"
+    kind = _attention(config, block)
     # GPT-2's option to divide attention by the number of the block.
     return f"{kind}.{block}" if config.get("scale_attn_by_inverse_layer_idx") else kind
+
+
+def _attention(config: Mapping[str, Any], block: int) -> str:
+    types = config.get("layer_types")
+    if isinstance(types, list):
+        return str(types[block])
+    # Qwen's older files say it so; what they leave out is what transformers takes for it.
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    slides = window is not None and block >= config.get("max_window_layers", 28)
+    return "sliding_attention" if slides else "full_attention"
 
 
 def graph_name(kind: str, direction: Direction) -> str:

@@ -102,10 +102,11 @@ class OnnxBackend:
                 architecture is not supported.
             PlanError: the split layer does not exist, or max_length exceeds the positions.
         """
-        # The old part first, so that a device never needs room for two.
-        self._part = None
-        self.discard()
-        trim()
+        if self._part is not None:
+            # The old part first, so that a device never needs room for two.
+            self._part = None
+            self.discard()
+            trim()
         self._part = OnnxPart.build(
             self._engine,
             base,

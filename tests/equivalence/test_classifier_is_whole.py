@@ -47,7 +47,7 @@ def batches_of_run(family, steps=STEPS):
     return [classified_batch(own, architecture, seed=step) for step, own in enumerate(lengths)]
 
 
-def system_of(family, folder, *, split_layer, labels, optimizer):
+def system_of(family, folder, *, split_layer, labels, optimizer, backend="torch"):
     training = TrainingTerms(
         task="classification",
         classes=CLASSES,
@@ -63,6 +63,7 @@ def system_of(family, folder, *, split_layer, labels, optimizer):
         training=training,
         lora=lora_of(family),
         optimizer=OPTIMIZERS[optimizer],
+        backends={"nano": backend},
     )
 
 

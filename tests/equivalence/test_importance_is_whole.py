@@ -23,12 +23,20 @@ BATCHES = [tiny_batch((9, 4, 12), seed=0), tiny_batch((7, 7), seed=1), tiny_batc
 OPTIMIZER = OptimizerTerms(learning_rate=3e-3, schedule="constant")
 
 
-def system(folder, family, split_layers: Mapping[str, int], labels="device", **terms):
+def system(
+    folder, family, split_layers: Mapping[str, int], labels="device", backend="torch", **terms
+):
     lora = LoraTerms(r=4, target_modules=TARGETS[family], **terms)
     training = TrainingTerms(labels=labels, wire_dtype="float32", max_length=16)
     model = tiny_model(family)
     return SplitSystem(
-        model, split_layers, folder, training=training, lora=lora, optimizer=OPTIMIZER
+        model,
+        split_layers,
+        folder,
+        training=training,
+        lora=lora,
+        optimizer=OPTIMIZER,
+        backends=dict.fromkeys(split_layers, backend),
     )
 
 

@@ -39,7 +39,7 @@ def batches_of_run():
     return [tiny_batch(own, seed=step, prompt=0) for step, own in enumerate(lengths)]
 
 
-def split_run(family, folder, *, split_layer, labels, optimizer):
+def split_run(family, folder, *, split_layer, labels, optimizer, backend="torch"):
     training = TrainingTerms(labels=labels, wire_dtype="float32", max_length=16, total_steps=STEPS)
     system = SplitSystem(
         tiny_model(family),
@@ -48,6 +48,7 @@ def split_run(family, folder, *, split_layer, labels, optimizer):
         training=training,
         lora=lora_of(family),
         optimizer=optimizer,
+        backends={"nano": backend},
     )
     losses = [system.step(n, {"nano": [batch]}) for n, batch in enumerate(batches_of_run())]
     adapters = {module: pair for (_, module), pair in system.adapters().items()}

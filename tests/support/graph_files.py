@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
+import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import coordinator.graphs
 from coordinator.graphs.export import export_graphs
 from coordinator.graphs.spec import GraphSpec
-from shared.terms import LoraTerms, TrainingChoices
+from shared.terms import LabelMode, LoraTerms, TrainingChoices
+from tests.support.tiny_models import TinyModel
 
 CACHE = Path(__file__).parents[2] / "build" / "test-graphs"
 ALL_LINEAR = {
@@ -30,9 +35,10 @@ def graph_files(
     spec = GraphSpec(
         config_json=json.dumps(config), training=training or TrainingChoices(), lora=lora
     )
-    folder = CACHE / spec.key
+    key = f"{spec.key[:32]}-{_exporter()}"
+    folder = CACHE / key
     CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / f"{spec.key}.lock").open("w") as lock:
+    with (CACHE / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "complete").exists():
             folder.mkdir(exist_ok=True)
@@ -40,3 +46,28 @@ def graph_files(
                 (folder / f"{name}.onnx").write_bytes(content)
             (folder / "complete").touch()
     return {file.stem: file for file in folder.glob("*.onnx")}
+
+
+def model_graphs(
+    model: TinyModel, *, dropout: float = 0.0, labels: LabelMode = "device"
+) -> dict[str, Path]:
+    """Return the graphs of a tiny model under its task, with sites at all linear modules.
+
+    They serve any targets and ranks. ``labels``: with ``server`` there are none of a head.
+    """
+    targets = ALL_LINEAR[model.config["model_type"]]
+    return graph_files(
+        model.config,
+        lora=LoraTerms(target_modules=targets, lora_dropout=dropout),
+        training=dataclasses.replace(model.training or TrainingChoices(), labels=labels),
+    )
+
+
+@cache
+def _exporter() -> str:
+    """Return a hash of the exporter's source, so that no test passes with a former one's graphs."""
+    (folder,) = coordinator.graphs.__path__
+    content = hashlib.sha256()
+    for file in ("cutting", "export", "functions", "linear", "spec", "tracing"):
+        content.update((Path(folder) / f"{file}.py").read_bytes())
+    return content.hexdigest()[:16]

@@ -13,14 +13,14 @@ from coordinator.server_training import (
     MicroBatchKey,
     ServerTrainer,
 )
-from edge_agent.backends.base import MicroBatch, TokenBatch
-from edge_agent.backends.torch_backend import TorchBackend
+from edge_agent.backends.base import Backend, MicroBatch, TokenBatch
 from shared.adapters import HeldAdapters, LoraPair
 from shared.class_counts import ClassCounts
 from shared.classifier_weights import ClassifierTensors
 from shared.protocol.messages import DeviceId
 from shared.protocol.tensors import TensorFrame, pack
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
+from tests.support.loaded_backends import BackendName, loaded
 from tests.support.tiny_models import TinyModel, fresh_adapters
 
 
@@ -36,16 +36,20 @@ class SplitSystem:
         training: TrainingTerms,
         lora: LoraTerms,
         optimizer: OptimizerTerms,
+        backends: Mapping[str, BackendName] | None = None,
     ) -> None:
+        """Build all sides; ``backends`` by device, torch where none is named."""
         self.training = training
         self.split_layers = split_layers
         self.blocks = model.architecture.block_count
-        self.devices: dict[str, TorchBackend] = {}
+        self.devices: dict[str, Backend] = {}
         for name, split_layer in split_layers.items():
-            backend = TorchBackend("cpu")
             head = training.labels == "device"
-            backend.load(
-                model.front_base(folder, split_layer=split_layer, head=head),
+            backend = loaded(
+                (backends or {}).get(name, "torch"),
+                model,
+                folder,
+                split_layer=split_layer,
                 device_id=DeviceId(name),
                 training=training,
                 lora=lora,
