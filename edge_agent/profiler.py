@@ -245,6 +245,7 @@ class Profiler:
             threads=machine.threads,
             emulate=machine.emulate,
             dtype=training.dtype,
+            int8_blocks=training.int8_blocks,
             wire_dtype=training.wire_dtype,
             labels=training.labels,
             targets=architecture.class_count,
@@ -289,11 +290,15 @@ def _blocks(architecture: ModelArchitecture) -> int:
 
 
 def _installed(package: str) -> str:
-    """Return the version of a package, without importing it; empty if it is not installed."""
+    """Return the version of a package, without importing it; empty if it is not installed.
+
+    It may come under another name: builds of onnxruntime for a GPU do.
+    """
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return ""
+        found = set(metadata.packages_distributions().get(package, ()))
+        return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(found))
 
 
 def _grown(known: Measurements) -> Measurements:

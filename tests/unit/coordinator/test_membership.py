@@ -408,6 +408,7 @@ def test_a_call_that_the_device_gave_up_gets_no_answer():
         ("evaluated_loss", "gradients"),
         ("round_start", "handback"),
         ("piece_bytes", "weights"),
+        ("graphs", "commands"),
         ("assignment", "commands"),
         ("accepted", "commands"),
         ("refusal", "commands"),

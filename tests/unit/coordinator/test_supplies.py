@@ -16,7 +16,9 @@ from shared.graphs import graph_names
 from shared.protocol import chunking, codec
 from shared.protocol.messages import DeviceId, Graphs, GraphsRequest, PieceRequest
 from shared.protocol.topics import parse
+from shared.transport.memory import Faults
 from tests.support.backends_with_graphs import WithGraphs
+from tests.support.faults import Rule, ScriptedFaults
 from tests.support.graph_children import BEHAVIOUR, WAIT_S, contents
 from tests.support.simulation import Device, Simulation
 
@@ -39,7 +41,13 @@ def simulated(tmp_path: Path) -> Iterator[Simulated]:
     """Return what builds a simulation, which is closed however the test ends."""
     built: list[Simulation] = []
 
-    def build(*, rounds: int = 1, labels: str = "device", **devices: object) -> Simulation:
+    def build(
+        *,
+        rounds: int = 1,
+        labels: str = "device",
+        faults: Faults | None = None,
+        **devices: object,
+    ) -> Simulation:
         settings = {
             "devices": {"min": 1, "wait_s": 0, **devices},
             "rounds": {"count": rounds, "steps": 2},
@@ -47,7 +55,7 @@ def simulated(tmp_path: Path) -> Iterator[Simulated]:
             "lora": {"r": 2},
             "training": {"labels": labels, "max_length": 32},
         }
-        built.append(Simulation(tmp_path, settings=settings))
+        built.append(Simulation(tmp_path, settings=settings, faults=faults))
         return built[-1]
 
     yield build
@@ -144,6 +152,21 @@ def test_all_who_wait_are_answered_when_the_graphs_are_made(
     assert (ada.error, bob.error) == (None, None)
     assert set(ada.parts.backend.given) == set(bob.parts.backend.given) == NAMES
     assert [device for device, _ in said(sim, Graphs)] == ["ada", "bob"]
+
+
+@pytest.mark.parametrize(("kind", "on"), [(GraphsRequest, "requests"), (Graphs, "commands")])
+def test_what_is_lost_on_the_way_is_said_again(simulated, tmp_path, children, kind, on):
+    name = kind.__dataclass_fields__["type"].default.encode()
+    packed = bytes([0xA0 + len(name)]) + name  # as msgpack writes a short text
+    lost = Rule(lambda parcel: parcel.kind == on and packed in parcel.payload)
+    sim = simulated(faults=ScriptedFaults([lost]))
+    device = add(sim, "nano")
+    run_to_the_wait(sim)
+    finish_export(sim)
+    sim.run()
+    assert device.error is None
+    assert set(device.parts.backend.given) == NAMES
+    assert lost.seen == len(said(sim, kind)) == 2
 
 
 def test_rounds_of_others_go_on_meanwhile(simulated, tmp_path, children, monkeypatch):

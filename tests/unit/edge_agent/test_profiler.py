@@ -140,6 +140,11 @@ def test_a_backend_is_probed_with_its_graphs_and_known_by_the_version_of_what_it
     assert (key["backend"], key["backend_version"]) == ("onnx", metadata.version("onnxruntime"))
 
 
+def test_a_package_is_known_by_its_version_under_whatever_name_it_was_installed():
+    assert profiler_module._installed("yaml") == f"PyYAML {metadata.version('PyYAML')}"
+    assert profiler_module._installed("no_such_package") == ""
+
+
 def test_a_backend_that_was_not_named_is_measured_under_its_own_name(tmp_path):
     named = Bench(tmp_path)
     named.measure()
