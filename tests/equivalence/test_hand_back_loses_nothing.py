@@ -1,7 +1,8 @@
 """Law 4 in the whole system: after every hand-back all sides compute with base + G again.
 
 Four blocks. Device b adapts no c_fc; device d comes late and holds less than all before it, so
-that the server must take in another block; device c dies and comes back.
+that the server must take in another block; device c dies and comes back. Once more with devices
+a and c that compute without torch.
 """
 
 from __future__ import annotations
@@ -12,10 +13,15 @@ import pytest
 
 from coordinator import checkpoints
 from coordinator.aggregation import SERVER
+from edge_agent.backends import open_backend
+from tests.support.graph_files import put_in_cache
 from tests.support.law_4 import weights_compared
 from tests.support.outcomes import LINES, USUAL
 from tests.support.simulation import Simulation
 from tests.support.spies import watch_hand_backs
+
+# A first export takes its time where many tests run at once.
+pytestmark = pytest.mark.timeout(600)
 
 ROUNDS = 4
 TARGETS = ["c_attn", "c_fc", "attn.c_proj"]
@@ -37,10 +43,13 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=[("residual", "device"), ("merge", "server")])
+WAYS = [(way, onnx) for onnx in ("", "ac") for way in (("residual", "device"), ("merge", "server"))]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=str)
 def run(request, tmp_path_factory):
     """How parts are handed back, the finished run, and its hand-backs by round and holder."""
-    hand_back, labels = request.param
+    (hand_back, labels), without_torch = request.param
     folder = tmp_path_factory.mktemp(f"{hand_back}-{labels}")
     training = {"max_length": 48, "labels": labels, "wire_dtype": "float32"}
     sim = Simulation(
@@ -48,14 +57,20 @@ def run(request, tmp_path_factory):
         settings={**SETTINGS, "training": training, "aggregation": {"hand_back": hand_back}},
         model_changes={"n_layer": 4},
     )
+    if without_torch:
+        put_in_cache(sim.graphs)
+
+    def backend(device):
+        return open_backend("onnx" if device in without_torch else "torch", device="cpu", threads=1)
+
     with pytest.MonkeyPatch.context() as patch:
         seen = watch_hand_backs(patch, sim)
         for device in "abc":
-            sim.add_device(device, lines=LINES)
+            sim.add_device(device, lines=LINES, backend=backend(device))
         sim.run_to("round 2, step 2")
         sim.add_device("d", lines=LINES)
         sim.vanish("c")
-        sim.add_device("c", lines=LINES)
+        sim.add_device("c", lines=LINES, backend=backend("c"))
         sim.run()
     by_round = defaultdict(dict)
     for held in seen:  # a server that takes in more blocks first puts back what it had

@@ -15,6 +15,7 @@ from shared.protocol.tensors import pack
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
 from tests.support.closeness import largest_difference
 from tests.support.dense_importance import dense_importance
+from tests.support.loaded_backends import BACKENDS
 from tests.support.split_system import SplitSystem
 from tests.support.tiny_models import fresh_adapters, tiny_batch, tiny_model
 
@@ -80,11 +81,13 @@ def dense(family: str, batches: Sequence[TokenBatch]) -> dict[str, float]:
     return {m: v for m, v in dense_importance(model, adapters, batches).items() if m in adapters}
 
 
+@pytest.mark.timeout(600)  # a first export takes its time where many tests run at once
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("split_layer", [1, 2, 3])
 @pytest.mark.parametrize("labels", ["device", "server"])
-def test_any_cut_gives_what_the_whole_gives(family, split_layer, labels, tmp_path):
-    one = system(tmp_path, family, {"nano": split_layer}, labels)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_cut_gives_what_the_whole_gives(backend, family, split_layer, labels, tmp_path):
+    one = system(tmp_path, family, {"nano": split_layer}, labels, backend)
     front = probe(one, "nano", BATCHES)
     server = {} if one.server is None else one.server.probe.take()
     assert not front.keys() & server.keys(), "each module is measured on one side"

@@ -26,6 +26,9 @@ from tests.support.graph_files import ALL_LINEAR
 from tests.support.split_system import SplitSystem
 from tests.support.tiny_models import FAMILIES, tiny_batch, tiny_model
 
+# A first export takes its time where many tests run at once.
+pytestmark = pytest.mark.timeout(600)
+
 CASES = [
     (family, split_layer, labels)
     for family in ("gpt2", "llama", "qwen2")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from coordinator.aggregation import SERVER
 from coordinator.server_training import ServerTrainer
+from edge_agent.backends.onnx_backend import OnnxBackend
+from edge_agent.backends.onnx_front import OnnxFront
 from edge_agent.backends.torch_backend import TorchBackend
 from shared.adapters import Array, HeldAdapters
 from shared.modeling.lora import LoraLinear
@@ -36,20 +39,42 @@ def watch_hand_backs(monkeypatch: pytest.MonkeyPatch, sim: Simulation) -> list[H
     """Return a list that grows with every hand-back to a device or to the server."""
     seen: list[Held] = []
 
-    def spy_on(kind: type[Any], part_name: str) -> None:
+    def spy_on(kind: type[Any], part_of: Callable[[Any], tuple[str, Mapping[str, Array]]]) -> None:
         original = kind.set_adapters
 
         def spied(self: Any, adapters: HeldAdapters, *, fold: bool) -> None:
             original(self, adapters, fold=fold)
-            holder = str(self._device_id) if kind is TorchBackend else SERVER
-            weights = effective_weights(getattr(self, part_name))
+            holder, weights = part_of(self)
             seen.append(Held(holder, sim.coordinator._next_round, adapters, weights))
 
         monkeypatch.setattr(kind, "set_adapters", spied)
 
-    spy_on(TorchBackend, "_front")
-    spy_on(ServerTrainer, "_back")
+    spy_on(TorchBackend, lambda one: (str(one._device_id), effective_weights(one._front)))
+    spy_on(OnnxBackend, lambda one: (str(one._part.device_id), _weights_in_graphs(one._part.front)))
+    spy_on(ServerTrainer, lambda one: (SERVER, effective_weights(one._back)))
     return seen
+
+
+def _weights_in_graphs(front: OnnxFront) -> dict[str, Array]:
+    """Return W of y = W x + b for every linear module that graphs adapt, of what they are given.
+
+    Of the inputs of the next run, not of what they were made of.
+    """
+    weights = {}
+    for name in front._modules:
+        block, inside = front._place(name)
+        given = {
+            part: front._held[block][f"{part}.{inside}"].numpy().astype(np.float64)
+            for part in ("a", "b", "scaling", "frozen_a", "frozen_b")
+        }
+        base = front._held[block][f"weight.{inside}.weight"].numpy().astype(np.float64)
+        base_OI = base.T if front._architecture.family.inputs_first else base
+        weights[name] = (
+            base_OI
+            + given["scaling"] * (given["b"] @ given["a"])
+            + given["frozen_b"] @ given["frozen_a"]
+        )
+    return weights
 
 
 def effective_weights(part: ModelPart) -> dict[str, Array]:

@@ -18,6 +18,9 @@ from tests.support.loaded_backends import BACKENDS, NANO, front_base, loaded
 from tests.support.split_system import SplitSystem
 from tests.support.tiny_models import VOCAB_SIZE, fresh_adapters, tiny_batch, tiny_model
 
+# A first export takes its time where many tests run at once.
+pytestmark = pytest.mark.timeout(600)
+
 KEY = MicroBatch(0, 0)
 LENGTHS = (9, 4, 12)
 LORA = LoraTerms(r=4, target_modules=("c_attn", "c_fc"))
