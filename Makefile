@@ -119,6 +119,10 @@ bench-planner: install ## The planner against brute force, and its time for 10,0
 bench-importance: install ## Held-out perplexity: ranks by importance against equal ranks
 	$(BIN)/python -m tests.testbed.bench_importance $(BENCH_ARGS)
 
+.PHONY: bench-agents
+bench-agents: install ## An agent with torch and one without: start-up, size, memory, time of a step
+	$(BIN)/python -m tests.testbed.bench_agents $(BENCH_ARGS)
+
 .PHONY: bench-fleet
 bench-fleet: install mosquitto ## Planned fleet of emulated devices against the best uniform plan (17 min)
 	$(BIN)/python -m tests.testbed.bench_fleet $(BENCH_ARGS)

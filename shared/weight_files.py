@@ -26,13 +26,17 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """One tensor in a file: ``stored_name`` there, dtype in safetensors' words, raw bytes."""
+    """One tensor in a file: ``stored_name`` there, dtype in safetensors' words, raw bytes.
+
+    ``offset``: where in the file they begin.
+    """
 
     file: Path
     stored_name: str
     dtype: str
     shape: tuple[int, ...]
     data: memoryview = field(repr=False)
+    offset: int = 0
 
 
 def weight_files(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> tuple[Path, ...]:
@@ -147,10 +151,16 @@ def _open_file(file: Path) -> dict[str, StoredTensor]:
     (header_bytes,) = struct.unpack("<Q", data[:8])
     entries = json.loads(bytes(data[8 : 8 + header_bytes]))
     entries.pop("__metadata__", None)
-    body = data[8 + header_bytes :]
+    start = 8 + header_bytes
+    body = data[start:]
     return {
         name: StoredTensor(
-            file, name, entry["dtype"], tuple(entry["shape"]), body[slice(*entry["data_offsets"])]
+            file,
+            name,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            body[slice(*entry["data_offsets"])],
+            start + entry["data_offsets"][0],
         )
         for name, entry in entries.items()
     }

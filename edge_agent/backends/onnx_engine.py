@@ -7,6 +7,7 @@ pass never leaves a GPU. On the CPU they share memory with the arrays that they 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -53,6 +54,7 @@ class Engine:
         self._asked = kind or None
         self._threads = threads
         self._kind = _choose(self._asked)
+        _share_memory()
         self._fell_back = False
 
     @property
@@ -127,6 +129,10 @@ class Engine:
             options.intra_op_num_threads = self._threads
         # Threads that spin while the agent waits for the coordinator take others' time.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # One arena for all graphs, see `_share_memory`. A plan of memory for each shape that ever
+        # came would take the place of the next: it fits no batch but its own.
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.enable_mem_pattern = False
         # Falling back is told once, by us.
         options.log_severity_level = 4
         return options
@@ -185,6 +191,19 @@ def _memory_full(error: BaseException) -> MemoryFullError:
     return MemoryFullError(
         f"this device is out of memory: lower {LOWER_IN_A_RUN} ({_first_line(error)})"
     )
+
+
+@functools.cache
+def _share_memory() -> None:
+    """Let all graphs of this process take memory from one place.
+
+    They run one after the other, so what one no longer needs serves the next. By default each
+    keeps the most that it ever needed.
+    """
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    ort.create_and_register_allocator(memory, None)
 
 
 def _choose(asked: str | None) -> str:

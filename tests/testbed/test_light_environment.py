@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.support import light_environment
+from tests.support.installed_sizes import closure_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -101,33 +99,9 @@ def test_it_takes_less_than_a_third_of_the_torch_agents(
     programs: Path, record_property, capsys: pytest.CaptureFixture[str]
 ):
     light = light_environment.installed_bytes()
-    torch = sum(_installed_bytes(name) for name in _closure("hsplit", "torch"))
+    torch = closure_bytes("hsplit", "torch")
     record_property("light_environment_megabytes", round(light / 1e6))
     record_property("torch_environment_megabytes", round(torch / 1e6))
     with capsys.disabled():
         print(f"\nlight agent: {light / 1e6:.0f} MB, with torch (CPU): {torch / 1e6:.0f} MB")
     assert light < torch / 3
-
-
-def _closure(name: str, extra: str) -> set[str]:
-    """Return the installed packages that a package with an extra needs, itself included."""
-    waiting, followed = [(name, extra)], set()
-    while waiting:
-        step = name, extra = waiting.pop()
-        if step in followed:
-            continue
-        followed.add(step)
-        for line in metadata.requires(name) or ():
-            one = Requirement(line)
-            if one.marker is None or one.marker.evaluate({"extra": extra}):
-                waiting += [(canonicalize_name(one.name), more) for more in (*one.extras, "")]
-    return {name for name, _ in followed}
-
-
-def _installed_bytes(name: str) -> int:
-    return sum(path.stat().st_size for path in _files(name) if path.is_file())
-
-
-def _files(name: str) -> Iterator[Path]:
-    for file in metadata.files(name) or ():
-        yield Path(str(file.locate()))
