@@ -39,6 +39,7 @@ def plan(
     architecture = ModelArchitecture.from_config(read_texts(model).config, settings.training)
     settings = strategies.applied(settings, block_count=architecture.block_count)
     architecture.check_max_length(settings.training.max_length)
+    architecture.check_int8_blocks(settings.training.int8_blocks)
     read = {path: _read(path, architecture, settings) for path in profiles}
     _check_devices(read)
     devices = [

@@ -33,7 +33,9 @@ from coordinator.classifier import TrainedClassifier
 from coordinator.factoring import split_evenly
 from coordinator.model_card import ModelCard, render
 from shared.adapters import AdapterState, LoraPair
+from shared.architecture import ModelArchitecture
 from shared.errors import ModelError, PlanError
+from shared.int8_weights import int8_names, quantise
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -83,14 +85,17 @@ def export_merged(
     *,
     revision: str | None = None,
     classes: Sequence[str] | None = None,
+    int8_blocks: int = 0,
 ) -> Path:
     """Write base + adapter as a full model at ``folder``, with its tokenizer; return it.
 
-    ``classes``: of a classifier, whose weights are in ``adapter``. Merged in float32 and stored
-    in the base's own dtype.
+    ``classes``: of a classifier, whose weights are in ``adapter``. ``int8_blocks``: what the
+    adapter was trained on is the base in which so many blocks are rounded to 8 bits; so it is
+    here. Merged in float32 and stored in the base's own dtype.
 
     Raises:
         ModelError: the base cannot be found.
+        PlanError: it has no ``int8_blocks``.
         StorageError: the disk is full or the folder cannot be written.
     """
     task = _Exported.of(classes)
@@ -98,6 +103,7 @@ def export_merged(
     plain = task.auto_class.from_pretrained(
         base, revision=revision, dtype=torch.float32, **task.config_changes
     )
+    _round_to_int8(plain, config, blocks=int8_blocks)
     with without_their_quarrel():
         merged = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()
     merged = merged.to(config.dtype or torch.float32)
@@ -106,6 +112,19 @@ def export_merged(
         if _has_tokenizer(base):
             AutoTokenizer.from_pretrained(base, revision=revision).save_pretrained(fresh)
     return folder
+
+
+@torch.no_grad()
+def _round_to_int8(plain: PreTrainedModel, config: PretrainedConfig, *, blocks: int) -> None:
+    """Give the first blocks' weights the values that a run with `training.int8_blocks` has."""
+    if not blocks:
+        return
+    architecture = ModelArchitecture.from_config(config.to_dict())
+    architecture.check_int8_blocks(blocks)
+    for name in int8_names(architecture, blocks):
+        weight = plain.get_parameter(name)
+        rounded = quantise(weight.numpy(), inputs_first=architecture.family.inputs_first)
+        weight.copy_(torch.from_numpy(rounded.dequantised()))
 
 
 @dataclass(frozen=True, slots=True)

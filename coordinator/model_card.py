@@ -55,7 +55,10 @@ class CardDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What is known of a run when its adapter is exported; None where it is not known."""
+    """What is known of a run when its adapter is exported; None where it is not known.
+
+    ``int8_blocks``: of so many blocks of the base, the run rounded the weights to 8 bits.
+    """
 
     base_model: str
     run_id: str
@@ -69,6 +72,7 @@ class ModelCard:
     perplexity_before: float | None = None
     perplexity_after: float | None = None
     classes: Sequence[str] = ()
+    int8_blocks: int = 0
     accuracy_before: float | None = None
     accuracy_after: float | None = None
     f1_before: float | None = None
@@ -96,12 +100,23 @@ def render(card: ModelCard, *, largest_rank: int) -> str:
             *_held_out(card),
             f"* rank of this adapter: up to {largest_rank}, each module's own in `rank_pattern`;",
             "  scaling 1 throughout",
+            *_int8(card.int8_blocks),
             "",
             *_table(card.devices),
             "",
             _code(card),
             "",
         )
+    )
+
+
+def _int8(blocks: int) -> tuple[str, ...]:
+    if not blocks:
+        return ()
+    return (
+        f"* trained on the base with the linear weights of its first {blocks} blocks rounded to 8",
+        "  bits (`training.int8_blocks`): what is said above is of that model, which is what",
+        "  `hsplit-coordinator export --merged` writes; the plain base acts a little otherwise",
     )
 
 

@@ -8,35 +8,31 @@ the pieces' SHA-256 are remembered (a 14 GB model takes most of a minute to hash
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from coordinator import piece_content
+from coordinator.int8_pieces import with_int8_blocks
 from coordinator.model_folder import ModelFolder, find_model, read_texts, tokenizer_file
 from coordinator.piece_content import PieceContent
-from coordinator.piece_cutting import cut, remembered_pieces
+from coordinator.piece_cutting import cut, identity, remembered_pieces
 from coordinator.settings import CoordinatorSettings
+from coordinator.stored_tensors import StoredTensors
 from shared.architecture import ModelArchitecture
 from shared.config import base_folder
 from shared.protocol.messages import ModelDescription
 from shared.terms import TrainingChoices
-from shared.weight_files import StoredTensor, open_tensors, weight_files
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+from shared.weight_files import open_tensors, weight_files
 
 
 class ModelStore:
     """One base model: described and served to devices, and read by the server itself.
 
-    One thread only. What is served is as stored: no dtype is changed.
+    One thread only. What is served is as stored: no dtype is changed, but for the blocks that a
+    run holds in 8 bits.
     """
 
     def __init__(
@@ -48,26 +44,36 @@ class ModelStore:
     ) -> None:
         """Read a model's texts, find its tensors, and hash its pieces unless that is known.
 
-        ``cache_folder`` keeps the hashes, by the identity of the checkpoint's files.
-        ``training``: the run's task, see `ModelArchitecture.from_config`.
+        ``cache_folder`` keeps the hashes, and what is computed of a checkpoint, by the identity
+        of its files. ``training``: the run's task, see `ModelArchitecture.from_config`, and how
+        many blocks are held in 8 bits.
 
         Raises:
             ModelError: unsupported architecture, missing or damaged files, or weights that do
                 not belong to ``config.json``.
+            PlanError: more blocks are to be held in 8 bits than there are.
+            StorageError: they cannot be written to the cache.
         """
         self.folder = folder
         self._texts = read_texts(folder)
         self.architecture = ModelArchitecture.from_config(self._texts.config, training)
         files = weight_files(folder.path)
         tokenizer = tokenizer_file(folder)
-        self._held = cut(open_tensors(files), self.architecture, config=self.config)
+        held, int8_files = with_int8_blocks(
+            cut(open_tensors(files), self.architecture, config=self.config),
+            self.architecture,
+            blocks=0 if training is None else training.int8_blocks,
+            identity=identity(files),
+            cache_folder=cache_folder,
+        )
+        self._held = held
         contents = {
             "tokenizer": PieceContent((memoryview(tokenizer.read_bytes()),)),
             **{name: PieceContent.of(held) for name, held in self._held.items()},
         }
         self._pieces = remembered_pieces(
             contents,
-            of=[*files, tokenizer, folder.path / "config.json"],
+            of=[*files, *int8_files, tokenizer, folder.path / "config.json"],
             cache_folder=cache_folder,
         )
         self._by_sha256 = {piece.sha256: contents[piece.name] for piece in self._pieces}
@@ -136,24 +142,7 @@ class ModelStore:
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """Return the model's tensors by full Hugging Face name, each read when it is asked for.
 
-        In the dtype they are stored in. A tied output projection is not among them.
+        In the dtype they are stored in; what devices hold in 8 bits in float32, with the same
+        values. A tied output projection is not among them.
         """
-        return _LazyTensors({n: t for held in self._held.values() for n, t in held.items()})
-
-
-class _LazyTensors(Mapping[str, torch.Tensor]):
-    """Stored tensors as torch tensors; each access makes a copy, for the files are read-only."""
-
-    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
-        self._stored = stored
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        stored = self._stored[name]
-        copied = torch.frombuffer(bytearray(stored.data), dtype=_DTYPES[stored.dtype])
-        return copied.reshape(stored.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
+        return StoredTensors({n: t for held in self._held.values() for n, t in held.items()})

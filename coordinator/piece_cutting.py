@@ -58,7 +58,7 @@ def remembered_pieces(
 
     A file is the same while its path, size and time of change are.
     """
-    memory = cache_folder / f"pieces-{_identity(of)}.json"
+    memory = cache_folder / f"pieces-{identity(of)}.json"
     known = _recall(memory)
     if known is None or {p.name: p.size_bytes for p in known} != {
         name: content.size_bytes for name, content in contents.items()
@@ -129,7 +129,12 @@ def _check_tied(named: Tensors, architecture: ModelArchitecture) -> None:
         )
 
 
-def _identity(files: Iterable[Path]) -> str:
+def identity(files: Iterable[Path]) -> str:
+    """Return a name for these files: the same while the path, size and time of change of each is.
+
+    Raises:
+        OSError: one is not there.
+    """
     found = [_FORMAT]
     for file in files:
         stat = file.stat()

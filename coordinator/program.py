@@ -144,7 +144,12 @@ def export(folder: Path, target: Path | None, *, merged: bool) -> Path:
         return adapter
     classes = settings.training.classes or None
     return export_merged(
-        adapter, name, target or folder / MERGED, revision=revision, classes=classes
+        adapter,
+        name,
+        target or folder / MERGED,
+        revision=revision,
+        classes=classes,
+        int8_blocks=settings.training.int8_blocks,
     )
 
 
@@ -307,7 +312,14 @@ def _export(settings: CoordinatorSettings, model: GlobalModel, summary: Summary)
     )
     if settings.export.merged:
         classes = settings.training.classes or None
-        export_merged(folder / ADAPTER, name, folder / MERGED, revision=revision, classes=classes)
+        export_merged(
+            folder / ADAPTER,
+            name,
+            folder / MERGED,
+            revision=revision,
+            classes=classes,
+            int8_blocks=settings.training.int8_blocks,
+        )
     logger.info("adapter: %s, summary: %s", folder / ADAPTER, folder / SUMMARY_FILE)
 
 
@@ -347,6 +359,7 @@ def _card(
         perplexity_before=found.perplexity_before,
         perplexity_after=found.perplexity_after,
         classes=settings.training.classes,
+        int8_blocks=settings.training.int8_blocks,
         accuracy_before=found.accuracy_before,
         accuracy_after=found.accuracy_after,
         f1_before=found.f1_before,

@@ -280,6 +280,11 @@ class CoordinatorSettings(HsplitSettings):
             raise ValueError("classes are for task: classification: add that, or remove them")
         if len({name.strip() for name in classes if name.strip()}) != len(classes):
             raise ValueError("classes must have names, each another one")
+        if training.int8_blocks and training.dtype != "float32":
+            raise ValueError(
+                f"int8_blocks are for dtype: float32, not {training.dtype}, in which the weights "
+                "would be rounded a second time: remove one of them"
+            )
         return training
 
     @model_validator(mode="after")
@@ -293,6 +298,11 @@ class CoordinatorSettings(HsplitSettings):
             raise ValueError(
                 "aggregation.hand_back: merge rounds every update into the base, which loses most "
                 f"of it in {self.training.dtype}: use residual, or training.dtype float32"
+            )
+        if self.aggregation.hand_back == "merge" and self.training.int8_blocks:
+            raise ValueError(
+                "aggregation.hand_back: merge changes the base, and weights in 8 bits cannot be "
+                "changed by so little: use residual, or remove training.int8_blocks"
             )
         _check_batch("plan", self.plan.batch, self.plan.micro_batch)
         for name, own in self.plan.devices.items():

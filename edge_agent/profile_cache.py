@@ -51,6 +51,7 @@ class ProfileKey:
     profile_version: int = PROFILE_VERSION
     targets: int = 0
     """Classes of a classifier; 0: the head chooses between words."""
+    int8_blocks: int = 0
 
     @property
     def file_name(self) -> str:

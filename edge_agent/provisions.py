@@ -27,6 +27,7 @@ class Provisions:
         self._conversation = conversation
         self._downloads = downloads
         self._head_is_here = welcome.training.labels == "device"
+        self._int8_blocks = welcome.training.int8_blocks
         self.architecture = ModelArchitecture.from_json(welcome.model.config_json, welcome.training)
 
     def pieces(self, names: Sequence[str]) -> Script[Mapping[str, Path]]:
@@ -68,6 +69,7 @@ class Provisions:
             json.loads(self._model.config_json),
             blocks=range(self.architecture.block_count),
             head_on_device=self._head_is_here,
+            int8_blocks=self._int8_blocks,
         )
         return (yield from self._fetch(names, answer.graphs))
 

@@ -229,6 +229,14 @@ class ModelArchitecture:
                 f"{self.max_positions} positions: choose at most {self.max_positions}"
             )
 
+    def check_int8_blocks(self, blocks: int) -> None:
+        """Raise PlanError where more blocks are to be held in 8 bits than the model has."""
+        if blocks > self.block_count:
+            raise PlanError(
+                f"training.int8_blocks is {blocks}, but this model has {self.block_count} blocks: "
+                f"choose at most {self.block_count}"
+            )
+
     def target_modules(self, lora: LoraTerms, *, blocks: range) -> dict[str, int]:
         """Return the adapted modules of ``blocks``: full module path → rank, rank 0 left out.
 

@@ -7,7 +7,8 @@ layer, the ranks and the batch. The coordinator exports them (`coordinator.graph
 Names of inputs and outputs (B sequences, T padded length, M rows, D hidden, K classes):
 
 * ``hidden`` (B, T, D), a block's input, or (M, D), the rows that a head reads; ``output``.
-* ``weight.<name inside the block>``, or a full name in embeddings and heads: a frozen weight.
+* ``weight.<name inside the block>``, or a full name in embeddings and heads: a frozen weight;
+  ``scale.<name>`` (1, O) or (O, 1): the other factor of one that is in 8 bits.
 * ``a.<module>`` (R, I), ``b.<module>`` (O, R), ``scaling.<module>`` (): the trained pair;
   ``frozen_a.<module>`` (F, I), ``frozen_b.<module>`` (O, F): the residual. Any rank may be 0.
 * ``kept.<module>`` (B·T, O): what a linear module gave in the forward pass.
@@ -36,14 +37,16 @@ LOSS = "graph.loss"
 """The head without any gradient."""
 
 
-def block_kind(config: Mapping[str, Any], block: int) -> str:
+def block_kind(config: Mapping[str, Any], block: int, *, int8_blocks: int = 0) -> str:
     """Return the kind of a block of the model that a parsed ``config.json`` describes.
 
-    Blocks of one kind differ in nothing but their weights.
+    Blocks of one kind differ in nothing but their weights. ``int8_blocks``: of so many blocks, from
+    0 on, the weights are in 8 bits.
     """
     kind = _attention(config, block)
     # GPT-2's option to divide attention by the number of the block.
-    return f"{kind}.{block}" if config.get("scale_attn_by_inverse_layer_idx") else kind
+    kind = f"{kind}.{block}" if config.get("scale_attn_by_inverse_layer_idx") else kind
+    return f"{kind}.int8" if block < int8_blocks else kind
 
 
 def _attention(config: Mapping[str, Any], block: int) -> str:
@@ -67,10 +70,10 @@ def adds_to_tokens(family: Family) -> bool:
 
 
 def graph_names(
-    config: Mapping[str, Any], *, blocks: range, head_on_device: bool
+    config: Mapping[str, Any], *, blocks: range, head_on_device: bool, int8_blocks: int = 0
 ) -> tuple[str, ...]:
     """Return the names of all graphs that a device with these blocks may need."""
-    kinds = dict.fromkeys(block_kind(config, block) for block in blocks)
+    kinds = dict.fromkeys(block_kind(config, j, int8_blocks=int8_blocks) for j in blocks)
     embeddings = (EMBEDDINGS,) if adds_to_tokens(family_of(config)) else ()
     head = (HEAD, LOSS) if head_on_device else ()
     return (*embeddings, *(graph_name(k, d) for k in kinds for d in DIRECTIONS), *head)

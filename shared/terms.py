@@ -96,6 +96,8 @@ class TrainingChoices:
     and gradients on the wire. ``dtype``: dtype the frozen base is held and computed in
     (adapters are float32 always). ``evaluate_batch``: sequences per evaluation micro-batch.
     ``classes``: the names of all classes in their order, where the ``task`` is classification.
+    ``int8_blocks``: of so many blocks, from 0 on, the weights of linear modules are rounded to 8
+    bits, on every side alike; see `shared.int8_weights`.
     """
 
     task: Task = "causal-lm"
@@ -105,6 +107,7 @@ class TrainingChoices:
     dtype: ComputeDtype = "float32"
     max_length: Annotated[int, Ge(2), Le(1_048_576)] = 512
     evaluate_batch: Annotated[int, Ge(1), Le(4096)] = 16
+    int8_blocks: Annotated[int, Ge(0), Le(100_000)] = 0
     seed: Annotated[int, Ge(0), Lt(2**31)] = 0
 
 

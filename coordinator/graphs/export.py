@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import onnx
@@ -18,7 +17,6 @@ from shared.graphs import (
     LOSS,
     Direction,
     adds_to_tokens,
-    block_kind,
     graph_name,
 )
 
@@ -37,12 +35,8 @@ def export_graphs(spec: GraphSpec) -> dict[str, bytes]:
     """
     model = ModelToTrace(spec)
     architecture = model.architecture
-    config = json.loads(spec.config_json)
-    first_of: dict[str, int] = {}
-    for block in range(architecture.block_count):
-        first_of.setdefault(block_kind(config, block), block)
     graphs: dict[str, onnx.ModelProto] = {}
-    for kind, block in first_of.items():
+    for kind, block in spec.first_of_kinds().items():
         whole = _exported(model.block(block), f"block {block}")
         graphs |= {graph_name(kind, d): part for d, part in _parts(whole).items()}
     if adds_to_tokens(architecture.family):

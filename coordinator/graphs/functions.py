@@ -10,7 +10,7 @@ size, I and O in and out features, V vocabulary, K classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -55,12 +55,13 @@ class ModelToTrace:
         for name in self.architecture.linears:
             linear: Any = module.get_submodule(name)
             _put(module, name, TracedLinear(linear, name, adapters))
-        inputs = self._block_inputs(module)
+        int8 = tuple(self.architecture.linears) if number < self._spec.training.int8_blocks else ()
+        inputs = {**self._block_inputs(module), **self._int8_inputs(module, int8)}
 
         def compute(values: Values) -> dict[str, torch.Tensor]:
             hidden = values["hidden"].detach().requires_grad_()
             given = {name: self._adapter(values, name) for name in self._sites}
-            record = adapters.begin(given)
+            record = adapters.begin(given, {name: values[f"scale.{name}.weight"] for name in int8})
             with torch.enable_grad():
                 output = self._run(module, number, hidden, values)
             trained = [t for one in given.values() for t in (one.a_RI, one.b_OR)]
@@ -99,6 +100,17 @@ class ModelToTrace:
             }
             if self._spec.has_dropout:
                 inputs[f"mask.{name}"] = Input((BATCH, LENGTH, features_in))
+        return inputs
+
+    def _int8_inputs(self, module: nn.Module, names: Iterable[str]) -> Mapping[str, Input]:
+        """Return the inputs of linear modules whose weights are in 8 bits."""
+        inputs: dict[str, Input] = {}
+        for name in names:
+            linear: Any = module.get_submodule(name)
+            rows, columns = linear.weight.shape
+            inputs_first = self.architecture.family.inputs_first
+            inputs[f"weight.{name}.weight"] = Input((rows, columns), torch.int8)
+            inputs[f"scale.{name}.weight"] = Input((1, columns) if inputs_first else (rows, 1))
         return inputs
 
     def _adapter(self, values: Values, name: str) -> Adapter:

@@ -5,6 +5,10 @@ y = x W + b + s (m ∘ x) Aᵀ Bᵀ + x F_Aᵀ F_Bᵀ with a mask m of dropout, 
 residual's factors too, and because what comes in and out of each module has to be known by name:
 it is where the backward graph is cut off the forward graph.
 
+With W = q s in 8 bits, x W is (x q) s and ∂y Wᵀ is (∂y s) qᵀ: to onnxruntime, scaling rows comes
+cheaper than scaling weights, and both than its DequantizeLinear. q is widened where it is used,
+and what it is widened to is not kept.
+
 Shape suffixes: M rows, I input features, O output features, R rank, F rank of the residual,
 L = R + F.
 """
@@ -49,12 +53,18 @@ class Adapters:
     def __init__(self) -> None:
         """Start without any."""
         self._of: Mapping[str, Adapter] = {}
+        self._scales: Mapping[str, torch.Tensor] = {}
         self.record = Record()
 
-    def begin(self, adapters: Mapping[str, Adapter]) -> Record:
-        """Take the adapters by module, and return an empty record."""
-        self._of, self.record = adapters, Record()
+    def begin(self, adapters: Mapping[str, Adapter], scales: Mapping[str, torch.Tensor]) -> Record:
+        """Take the adapters and the scales of weights in 8 bits; return an empty record."""
+        self._of, self._scales, self.record = adapters, scales, Record()
         return self.record
+
+    def scale(self, name: str) -> torch.Tensor | None:
+        """Return the scale of a module's weight, (1, O); None: the weight is no product."""
+        scale = self._scales.get(name)
+        return None if scale is None else scale.reshape(1, -1)
 
     def get(self, name: str) -> Adapter | None:
         """Return a module's adapter; None: it has none."""
@@ -83,8 +93,10 @@ class TracedLinear(nn.Module):
         weight_IO = self.weight if self._transposed else self.weight.t()
         adapter, record = self._adapters.get(self._name), self._adapters.record
         a_RI, b_OR = (None, None) if adapter is None else (adapter.a_RI, adapter.b_OR)
+        scale_1O = self._adapters.scale(self._name)
+        fixed = _Fixed(self._name, weight_IO, scale_1O, self.bias, adapter, record)
         y_MO: torch.Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            x_MI, a_RI, b_OR, _Fixed(self._name, weight_IO, self.bias, adapter, record)
+            x_MI, a_RI, b_OR, fixed
         )
         return y_MO.view(*x.shape[:-1], y_MO.shape[1])
 
@@ -95,9 +107,22 @@ class _Fixed:
 
     name: str
     weight_IO: torch.Tensor
+    scale_1O: torch.Tensor | None
     bias_O: torch.Tensor | None
     adapter: Adapter | None
     record: Record
+
+    def times_weight(self, x_MI: torch.Tensor) -> torch.Tensor:
+        """Return x W."""
+        if self.scale_1O is None:
+            return x_MI @ self.weight_IO
+        return (x_MI @ self.weight_IO.float()) * self.scale_1O
+
+    def times_weight_transposed(self, dy_MO: torch.Tensor) -> torch.Tensor:
+        """Return ∂y Wᵀ."""
+        if self.scale_1O is None:
+            return dy_MO @ self.weight_IO.t()
+        return (dy_MO * self.scale_1O) @ self.weight_IO.float().t()
 
 
 class _Linear(torch.autograd.Function):
@@ -111,7 +136,7 @@ class _Linear(torch.autograd.Function):
         b_OR: torch.Tensor | None,
         fixed: _Fixed,
     ) -> torch.Tensor:
-        y_MO = x_MI @ fixed.weight_IO
+        y_MO = fixed.times_weight(x_MI)
         y_MO = y_MO if fixed.bias_O is None else y_MO + fixed.bias_O
         adapter, low_MR = fixed.adapter, None
         if adapter is not None and a_RI is not None and b_OR is not None:
@@ -128,7 +153,7 @@ class _Linear(torch.autograd.Function):
         fixed, x_MI, adapter = ctx.fixed, ctx.x_MI, ctx.fixed.adapter
         fixed.record.inputs[fixed.name] = x_MI
         fixed.record.output_gradients[fixed.name] = dy_MO
-        dx_MI = dy_MO @ fixed.weight_IO.t()
+        dx_MI = fixed.times_weight_transposed(dy_MO)
         if adapter is None:
             return dx_MI, None, None, None
         rank = adapter.a_RI.shape[0]

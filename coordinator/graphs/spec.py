@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
 from shared.architecture import ModelArchitecture
+from shared.graphs import block_kind
 from shared.terms import LoraTerms, TrainingChoices
 
 _FORMAT = "hsplit graphs 1"
@@ -45,6 +47,14 @@ class GraphSpec:
         }
         return tuple(name for name in architecture.linears if name in found)
 
+    def first_of_kinds(self) -> Mapping[str, int]:
+        """Return every kind of block that the model has, and the first block of it."""
+        config, first_of = json.loads(self.config_json), dict[str, int]()
+        for block in range(self.architecture().block_count):
+            kind = block_kind(config, block, int8_blocks=self.training.int8_blocks)
+            first_of.setdefault(kind, block)
+        return first_of
+
     @property
     def has_dropout(self) -> bool:
         """Whether what goes into the trained pairs is dropped here and there in training."""
@@ -63,5 +73,6 @@ class GraphSpec:
             "head": self.training.labels == "device",
             "sites": self.sites(),
             "dropout": self.has_dropout,
+            "kinds": tuple(self.first_of_kinds()),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -162,6 +162,12 @@ def _check_merge(settings: CoordinatorSettings, hand_back: HandBackMode) -> None
             f"strategy: {settings.strategy} merges every update into the base, which loses most of "
             f"it in {settings.training.dtype}: use hsplitlora (residual), or training.dtype float32"
         )
+    if hand_back == "merge" and settings.training.int8_blocks:
+        raise ConfigError(
+            f"strategy: {settings.strategy} merges every update into the base, and weights in 8 "
+            "bits cannot be changed by so little: use hsplitlora (residual), or remove "
+            "training.int8_blocks"
+        )
 
 
 def _is_said(section: Any, key: str, value: object) -> bool:

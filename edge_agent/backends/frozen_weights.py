@@ -1,28 +1,37 @@
-"""A front's frozen weights as float32 arrays, read from verified files.
+"""A front's frozen weights as float32 arrays, or in 8 bits, read from verified files.
 
-What is stored as float32 and wanted so stays in the mapped file: it is memory that the system
-can take back. Everything else is converted once. onnxruntime has few kernels for half precision
-on a CPU, so a run whose base is in bfloat16 or float16 computes in float32 here, with weights
-that have the values of that dtype.
+What is in 8 bits, and what is stored as float32 and wanted so, stays in the mapped file: it is
+memory that the system can take back. Everything else is converted once. onnxruntime has few
+kernels for half precision on a CPU, so a run whose base is in bfloat16 or float16 computes in
+float32 here, with weights that have the values of that dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.errors import ModelError
+from shared.int8_weights import SCALE, VALUES, Int8Weight
 from shared.protocol.tensors import pack, unpack
 from shared.terms import ComputeDtype
 from shared.weight_files import StoredTensor, open_tensors
 
 Array32 = npt.NDArray[np.float32]
+FrozenWeight: TypeAlias = Array32 | Int8Weight
 
-_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_NUMPY = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I8": np.int8,
+}
 
 
 class FrozenWeights:
@@ -45,14 +54,31 @@ class FrozenWeights:
         """
         return self._as_float32(_raw(self._find(name)), self._find(name).dtype)
 
+    def int8(self, name: str) -> Int8Weight:
+        """Return a weight in 8 bits, as views of its file.
+
+        Raises:
+            ModelError: it is not in the files.
+        """
+        values, scale = self._find(name + VALUES), self._find(name + SCALE)
+        return Int8Weight(_raw(values), _raw(scale))
+
     def rows(self, name: str, numbers: npt.NDArray[np.int32]) -> Array32:
-        """Return some rows of a matrix, without reading the others.
+        """Return some rows of a matrix, read from its file: the others never come into memory.
 
         Raises:
             ModelError: it is not in the files.
         """
         stored = self._find(name)
-        return self._as_float32(_raw(stored)[numbers], stored.dtype)
+        distinct, places = np.unique(numbers, return_inverse=True)
+        raw = np.empty((len(distinct), *stored.shape[1:]), dtype=_NUMPY[stored.dtype])
+        row_bytes = raw[:1].nbytes
+        with stored.file.open("rb", buffering=0) as file:
+            for row, number in zip(raw, distinct.tolist(), strict=True):
+                at = stored.offset + number * row_bytes
+                if os.preadv(file.fileno(), [row], at) != row_bytes:
+                    raise ModelError(f"{stored.file} ends within row {number} of {name}")
+        return self._as_float32(raw, stored.dtype)[places]
 
     def _find(self, name: str) -> StoredTensor:
         try:
@@ -68,6 +94,13 @@ class FrozenWeights:
         if self._dtype == "float32":
             return widened
         return unpack(pack(widened, self._dtype)).astype(np.float32, copy=False)
+
+
+def graph_inputs(weight: FrozenWeight, name: str) -> Mapping[str, npt.NDArray[Any]]:
+    """Return what a graph takes for a weight, ``name`` inside its block; see `shared.graphs`."""
+    if isinstance(weight, Int8Weight):
+        return {f"weight.{name}": weight.values, f"scale.{name}": weight.scale}
+    return {f"weight.{name}": weight}
 
 
 def _raw(stored: StoredTensor) -> npt.NDArray[Any]:

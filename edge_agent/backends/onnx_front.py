@@ -18,7 +18,12 @@ import numpy.typing as npt
 from edge_agent.backends.adapted_module import AdaptedModule
 from edge_agent.backends.base import TokenBatch
 from edge_agent.backends.dropout_masks import DropoutMasks
-from edge_agent.backends.frozen_weights import Array32, FrozenWeights
+from edge_agent.backends.frozen_weights import (
+    Array32,
+    FrozenWeight,
+    FrozenWeights,
+    graph_inputs,
+)
 from edge_agent.backends.onnx_engine import Engine, Graph, Value
 from edge_agent.backends.packed_rows import PackedRows
 from shared.adapters import AdapterState, HeldAdapters
@@ -53,6 +58,7 @@ class OnnxFront:
         config_json: str,
         split_layer: int,
         lora_dropout: float,
+        int8_blocks: int = 0,
     ) -> None:
         """Open the graphs, and put the weights where they are used.
 
@@ -65,7 +71,9 @@ class OnnxFront:
         self._architecture = architecture
         self._dropout = DropoutMasks(lora_dropout) if lora_dropout else None
         config = json.loads(config_json)
-        self._kinds = [block_kind(config, block) for block in range(split_layer)]
+        self._kinds = [
+            block_kind(config, block, int8_blocks=int8_blocks) for block in range(split_layer)
+        ]
         self._opened: dict[str, Graph] = {}
         for kind in dict.fromkeys(self._kinds):
             for direction in ("forward", "backward", "lowest"):
@@ -82,11 +90,12 @@ class OnnxFront:
         """Replace the adapters of the named modules; all or nothing. See `Backend.set_adapters`.
 
         Raises:
-            ProtocolError: a name is no linear module of this part that graphs adapt.
+            ProtocolError: a name is no linear module of this part that graphs adapt, or its weight
+                is in 8 bits and something is to be folded into it.
             NumericsError: a factor has the wrong shape or is not finite.
         """
         for name, adapter in adapters.items():
-            self.module(name).check(name, adapter)
+            self.module(name).check(name, adapter, fold=fold)
         for name, adapter in adapters.items():
             self._modules[name].replace(adapter, fold=fold)
         self.refresh()
@@ -95,8 +104,10 @@ class OnnxFront:
         """Put the adapters as they are now where the graphs find them."""
         for name, module in self._modules.items():
             block, inside = self._place(name)
-            values = {f"{part}.{inside}": array for part, array in module.inputs().items()}
-            values[f"{_WEIGHT}{inside}.weight"] = module.weight
+            values: dict[str, npt.NDArray[Any]] = {
+                f"{part}.{inside}": array for part, array in module.inputs().items()
+            }
+            values.update(graph_inputs(module.weight, f"{inside}.weight"))
             self._held[block].update({n: self._engine.put(array) for n, array in values.items()})
 
     def module(self, name: str) -> AdaptedModule:
@@ -255,13 +266,12 @@ class OnnxFront:
         path = self._architecture.block_path(block)
         graphs = [self._graph(block, direction) for direction in ("forward", "backward")]
         names = dict.fromkeys(name for graph in graphs for name in graph.inputs)
-        values = {}
+        values: dict[str, Value] = {}
         for name in names:
             inside = name.removeprefix(_WEIGHT)
             module = f"{path}.{inside.removesuffix('.weight')}"
             if inside != name and module not in self._modules:
-                weight = self._weight(graphs[0], inside, f"{path}.{inside}")
-                values[name] = self._engine.put(weight)
+                values |= self._put(self._weight(graphs[0], inside, f"{path}.{inside}"), inside)
         return values
 
     def _embedding_values(self) -> dict[str, Value]:
@@ -269,12 +279,17 @@ class OnnxFront:
             return {}
         graph = self._open(EMBEDDINGS)
         names = [name.removeprefix(_WEIGHT) for name in graph.inputs if name.startswith(_WEIGHT)]
-        return {
-            f"{_WEIGHT}{name}": self._engine.put(self._weight(graph, name, name)) for name in names
-        }
+        values: dict[str, Value] = {}
+        for name in names:
+            values |= self._put(self._weight(graph, name, name), name)
+        return values
 
-    def _weight(self, graph: Graph, inside: str, name: str) -> Array32:
-        weight = self._weights.get(name)
+    def _put(self, weight: FrozenWeight, name: str) -> dict[str, Value]:
+        return {n: self._engine.put(array) for n, array in graph_inputs(weight, name).items()}
+
+    def _weight(self, graph: Graph, inside: str, name: str) -> FrozenWeight:
+        is_int8 = f"scale.{inside}" in graph.inputs
+        weight = self._weights.int8(name) if is_int8 else self._weights.get(name)
         expected = graph.inputs.get(f"{_WEIGHT}{inside}", weight.shape)
         if weight.shape != expected:
             raise ModelError(

@@ -58,6 +58,7 @@ class OnnxPart:
             config_json=base.config_json,
             split_layer=base.split_layer,
             lora_dropout=lora.lora_dropout,
+            int8_blocks=training.int8_blocks,
         )
         head = None
         if training.labels == "device":

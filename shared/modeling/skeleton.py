@@ -13,6 +13,7 @@ from torch import nn
 
 from shared.architecture import ModelArchitecture
 from shared.errors import ModelError
+from shared.int8_weights import SCALE, VALUES
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor] | Iterable[Path]
 """Base weights by full Hugging Face name, or safetensors files that hold them."""
@@ -110,7 +111,10 @@ def as_mapping(tensors: Tensors) -> Mapping[str, torch.Tensor]:
 
 
 def _read(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Return a weight; where it is stored in 8 bits, s q in float32 (`shared.int8_weights`)."""
     try:
+        if name + VALUES in tensors:
+            return tensors[name + VALUES].float().mul_(tensors[name + SCALE])
         return tensors[name]
     except KeyError:
         raise ModelError(f"weight {name} is missing from the base model's files") from None

@@ -79,6 +79,12 @@ def test_training_choices_and_terms_differ_by_what_follows_from_others_alone():
         ("training: {task: classification, classes: [a, a]}", "each another one"),
         ("training: {task: classification, classes: [a, ' ']}", "each another one"),
         ("training: {classes: [a, b]}", "classes are for task: classification"),
+        ("training: {int8_blocks: -1}", "training.int8_blocks"),
+        ("training: {int8_blocks: 2, dtype: bfloat16}", "rounded a second time"),
+        (
+            "training: {int8_blocks: 2}\naggregation: {hand_back: merge}",
+            "weights in 8 bits cannot be changed by so little",
+        ),
     ],
 )
 def test_a_run_file_that_cannot_be_meant_is_refused_with_the_key(tmp_path, text, words):

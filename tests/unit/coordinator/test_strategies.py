@@ -100,6 +100,7 @@ def test_any_ablation_of_aggregation_is_a_setting_of_the_default():
         ),
         ("hetlora", {"plan": {"ranks": "importance"}}, "does not belong to strategy: hetlora"),
         ("flora", {"training": {"dtype": "bfloat16"}}, "loses most of it in bfloat16"),
+        ("flora", {"training": {"int8_blocks": 1}}, "weights in 8 bits"),
     ],
 )
 def test_what_a_strategy_cannot_do_is_refused_with_what_to_use_instead(name, sections, words):

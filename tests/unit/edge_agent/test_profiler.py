@@ -211,6 +211,7 @@ def request_with(**config: object) -> MeasureRequest:
         dataclasses.replace(REQUEST, length=129),
         dataclasses.replace(REQUEST, training=TrainingTerms(labels="server")),
         dataclasses.replace(REQUEST, training=TrainingTerms(dtype="bfloat16")),
+        dataclasses.replace(REQUEST, training=TrainingTerms(int8_blocks=2)),
         dataclasses.replace(REQUEST, training=TrainingTerms(wire_dtype="float32")),
         dataclasses.replace(REQUEST, lora=LoraTerms(target_modules=("c_proj",))),
         dataclasses.replace(REQUEST, lora=LoraTerms(lora_dropout=0.1)),

@@ -58,6 +58,7 @@ def test_an_alpha_pattern_replaces_the_alpha_and_not_the_rank():
         (TrainingTerms, {"labels": "both"}),
         (TrainingTerms, {"wire_dtype": "int8"}),
         (TrainingTerms, {"max_length": 1}),
+        (TrainingTerms, {"int8_blocks": -1}),
         (TrainingTerms, {"seed": 2**31}),
         (TrainingTerms, {"total_steps": 0}),
     ],
