@@ -13,18 +13,23 @@ DEVICES = {
 }
 """Three unequal owners of text, and what they play: all share this machine's processors."""
 
+WITHOUT_TORCH = "nano"
+"""The device that computes with onnxruntime; the others do with torch."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One demo device and its own text: JSON lines of ``prompt`` and ``completion``.
 
-    ``emulate``: the device that its agent plays (``hsplit-agent run --emulate``).
+    ``emulate``: the device that its agent plays (``hsplit-agent run --emulate``). ``backend``:
+    what it computes with.
     """
 
     device: str
     training: Path
     held_out: Path
     emulate: str
+    backend: str
 
 
 def base_folder() -> Path:
@@ -36,7 +41,13 @@ def shards() -> tuple[Shard, ...]:
     """Return the E2E sample of each device: disjoint, of 1200, 1000 and 800 lines."""
     folder = _folder() / "e2e"
     return tuple(
-        Shard(device, folder / f"{device}.jsonl", folder / f"{device}-held-out.jsonl", emulate)
+        Shard(
+            device,
+            folder / f"{device}.jsonl",
+            folder / f"{device}-held-out.jsonl",
+            emulate,
+            "onnx" if device == WITHOUT_TORCH else "torch",
+        )
         for device, emulate in DEVICES.items()
     )
 

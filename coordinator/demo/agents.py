@@ -126,6 +126,7 @@ def _command(
         *("--broker", broker_url, "--device-id", shard.device),
         *("--data", str(shard.training), "--evaluation-data", str(shard.held_out)),
         *("--state-folder", str(state_folder), "--cache-folder", str(state_folder / "cache")),
-        *("--device", "cpu", "--threads", "1", "--emulate", shard.emulate),
+        *("--backend", shard.backend, "--device", "cpu", "--threads", "1"),
+        *("--emulate", shard.emulate),
         *(("--share-labels",) if labels == "server" else ()),
     ]

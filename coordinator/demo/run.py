@@ -99,9 +99,16 @@ def demo(folder: Path, clock: Clock, wanted: Wanted) -> Summary:
 
 def table(summary: Summary, run_folder: Path) -> str:
     """Return the outcome for people."""
-    rows = [f"{'device':<14}{'split layer':>12}{'LoRA rank':>24}{'target tokens':>15}"]
+    backends = {shard.device: shard.backend for shard in material.shards()}
+    rows = [_row("device", "backend", "split layer", "LoRA rank", "target tokens")]
     rows += [
-        f"{name:<14}{one.split_layer:>12}{ranks_in_short(one.ranks):>24}{one.target_tokens:>15,}"
+        _row(
+            name,
+            backends[name],
+            str(one.split_layer),
+            ranks_in_short(one.ranks),
+            f"{one.target_tokens:,}",
+        )
         for name, one in summary.devices.items()
     ]
     return "\n".join(
@@ -121,3 +128,8 @@ def table(summary: Summary, run_folder: Path) -> str:
             f"adapter: {run_folder / program.ADAPTER}   (PeftModel.from_pretrained opens it)",
         )
     )
+
+
+def _row(*cells: str) -> str:
+    device, backend, split_layer, ranks, tokens = cells
+    return f"{device:<14}{backend:<8}{split_layer:>12}{ranks:>24}{tokens:>15}"
