@@ -179,6 +179,8 @@ def explained_out_of_memory() -> Iterator[None]:
     """
     try:
         yield
+    except MemoryFullError:  # an engine's own, which has said so
+        raise
     except MemoryError as error:
         raise _memory_full(error) from error
     except Exception as error:

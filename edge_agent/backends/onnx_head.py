@@ -68,7 +68,10 @@ class OnnxHead:
                 continue
             weight = weights.get(full_name)
             if weight.shape != shape:
-                raise ModelError(f"weight {full_name} has shape {weight.shape}, not {shape}")
+                raise ModelError(
+                    f"weight {full_name} has shape {list(weight.shape)}, but {HEAD} asks for "
+                    f"{list(shape)}: graph and weights are not of the same model"
+                )
             self._frozen[name] = engine.put(weight)
         self._values: dict[str, Value] = {}
         self.refresh()
