@@ -25,8 +25,11 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from coordinator.graphs.exporting import Export
+from coordinator.graphs.spec import GraphSpec
 from shared.architecture import ModelArchitecture
-from shared.terms import LoraTerms
+from shared.clock import SystemClock
+from shared.terms import LoraTerms, TrainingChoices
 from tests.support import light_environment
 from tests.support.graph_files import graph_files
 from tests.support.installed_sizes import closure_bytes
@@ -159,6 +162,29 @@ class Bench:
         return Child.start(backend, work, self._pythons[backend])
 
 
+def export() -> dict[str, float]:
+    """Export the graphs of a 32-block Llama of the 1B class, as a coordinator does; none waits."""
+    config = transformers.LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128_256,
+    )
+    spec = GraphSpec(
+        config_json=config.to_json_string(), training=TrainingChoices(), lora=LoraTerms(r=RANK)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        exporting = Export(spec, Path(folder), SystemClock())
+        exporting.process.wait()
+        ended = exporting.ended()
+        assert ended is not None
+        assert ended.failure is None, ended
+        sizes = [file.stat().st_size for file in Path(folder).glob("*.onnx")]
+    return {"seconds": ended.took_s, "graphs": len(sizes), "kilobytes": sum(sizes) / 1e3}
+
+
 def ratio(said: Mapping[str, list[dict[str, Any]]], *parts: str) -> tuple[float, ...]:
     """Return both medians, and the median ratio of steps taken one after the other."""
     sums = {b: [sum(one[part] for part in parts) for one in said[b]] for b in BACKENDS}
@@ -189,7 +215,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "  optimizer, ms": _in_ms(ratio(at_3, "step_s")),
         "head and its gradient, ms": _in_ms(ratio(with_head, "head_s")),
     }
-    return {"rows": rows, "threads": options.threads, "batch": BATCH, "length": LENGTH}
+    terms = {"threads": options.threads, "batch": BATCH, "length": LENGTH}
+    return {"rows": rows, "export": export(), **terms}
 
 
 def _of(found: Mapping[str, float]) -> tuple[float, ...]:
@@ -209,6 +236,11 @@ def main() -> None:
     print(f"\n{'':30}{'torch':>10}{'onnx':>10}{'onnx / torch':>14}")
     for name, (of_torch, of_onnx, quotient) in found["rows"].items():
         print(f"{name:30}{of_torch:10.2f}{of_onnx:10.2f}{quotient:14.3f}")
+    exported = found["export"]
+    print(
+        f"export of a 32-block model of the 1B class: {exported['seconds']:.0f} s, "
+        f"{exported['graphs']} graphs of {exported['kilobytes']:.0f} kB in all, for any split layer"
+    )
     print(f"aims: {', '.join(f'{name} {aim:.2f}' for name, aim in AIMS.items())}")
     write_report("agents", {**found, "aims": AIMS})
 
