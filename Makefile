@@ -123,6 +123,10 @@ bench-importance: install ## Held-out perplexity: ranks by importance against eq
 bench-agents: install ## An agent with torch and one without: start-up, size, memory, time of a step
 	$(BIN)/python -m tests.testbed.bench_agents $(BENCH_ARGS)
 
+.PHONY: bench-int8
+bench-int8: install ## Fronts in 8 bits against float32: perplexity, memory, bytes, time of a step
+	$(BIN)/python -m tests.testbed.bench_int8 $(BENCH_ARGS)
+
 .PHONY: bench-fleet
 bench-fleet: install mosquitto ## Planned fleet of emulated devices against the best uniform plan (17 min)
 	$(BIN)/python -m tests.testbed.bench_fleet $(BENCH_ARGS)

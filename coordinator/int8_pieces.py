@@ -99,7 +99,7 @@ def _stored(name: str, weight: Int8Weight, file: Path) -> dict[str, StoredTensor
     }
     return {
         name + end: StoredTensor(
-            file, name + end, dtype, array.shape, memoryview(array.view(np.uint8).reshape(-1))
+            file, name + end, dtype, array.shape, array.reshape(-1).view(np.uint8).data
         )
         for end, (dtype, array) in parts.items()
     }

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from coordinator.aggregation import GlobalUpdate, ModuleUpdate
+from coordinator.aggregation import SERVER, GlobalUpdate, ModuleUpdate
 from coordinator.export import export_adapter, export_merged
 from coordinator.factoring import Term, recompress
 from coordinator.model_card import ModelCard
@@ -26,14 +26,20 @@ from shared.protocol.tensors import pack, unpack
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
 from tests.equivalence.test_split_is_whole import OPTIMIZERS, STEPS, batches_of_run, lora_of
 from tests.support.closeness import largest_difference, relative
-from tests.support.graph_files import graph_files
-from tests.support.int8_models import Int8Model, int8_model
+from tests.support.graph_files import ALL_LINEAR, graph_files, put_in_cache
+from tests.support.int8_models import Int8Model, int8_model, plain_model
+from tests.support.law_4 import weights_compared
 from tests.support.monolithic import train_whole
+from tests.support.outcomes import LINES, USUAL
+from tests.support.simulation import Simulation
+from tests.support.spies import watch_hand_backs
 from tests.support.split_system import SplitSystem
-from tests.support.tiny_models import fresh_adapters, tiny_batch, tiny_model
+from tests.support.tiny_models import fresh_adapters, tiny_batch
 
 BLOCKS = 2
 """In 8 bits, of three: so a device may hold blocks of both kinds, and the server one of each."""
+# A first export takes its time where many tests run at once.
+pytestmark = pytest.mark.timeout(600)
 TRAINING = TrainingTerms(
     labels="device", wire_dtype="float32", max_length=16, total_steps=STEPS, int8_blocks=BLOCKS
 )
@@ -73,7 +79,7 @@ def test_a_split_run_equals_the_monolithic_one_on_the_rounded_base(
     whole = train_whole(gpt2, batches_of_run(), lora=lora_of("gpt2"), optimizer=SGD)
     assert largest_difference(found, whole.adapters) <= 1e-5
     np.testing.assert_allclose(losses, whole.losses, rtol=1e-5)
-    plain = train_whole(tiny_model("gpt2"), batches_of_run(), lora=lora_of("gpt2"), optimizer=SGD)
+    plain = train_whole(plain_model("gpt2"), batches_of_run(), lora=lora_of("gpt2"), optimizer=SGD)
     assert largest_difference(plain.adapters, whole.adapters) > 1e-3, "rounding must matter"
 
 
@@ -137,7 +143,7 @@ def test_devices_and_server_hold_the_same_values_to_the_bit(gpt2, backend, tmp_p
         else:
             device = held._loaded().skeleton.get_submodule(module).base.weight.numpy()
         assert np.array_equal(server[f"{module}.base.weight"].numpy(), device)
-        assert not np.array_equal(device, tiny_model("gpt2").tensors[name].numpy())
+        assert not np.array_equal(device, plain_model("gpt2").tensors[name].numpy())
 
 
 @pytest.mark.parametrize("rank", [3, 40])
@@ -168,6 +174,35 @@ def test_nothing_can_be_folded_into_weights_in_8_bits(gpt2, tmp_path):
     with pytest.raises(ProtocolError, match="8 bits: nothing can be folded"):
         device.set_adapters({"transformer.h.0.mlp.c_fc": ModuleAdapter(pair, pair)}, fold=True)
     assert largest_difference(device.adapters(), before) == 0
+
+
+ROUNDS = 3
+SETTINGS = {
+    "training": {"max_length": 48, "wire_dtype": "float32", "int8_blocks": BLOCKS},
+    "rounds": {"count": ROUNDS, "steps": 2},
+    "plan": {
+        "batch": 4,
+        "devices": {"light": {"split_layer": 3, "r": 2}, "heavy": {"split_layer": 1, "r": 6}},
+    },
+    "lora": {"r": 8, "target_modules": list(ALL_LINEAR["gpt2"])},
+    "optimizer": {"learning_rate": 2e-2},
+    "devices": {**USUAL, "min": 2, "expected": 2},
+    "checkpoints": {"keep": 99},
+}
+
+
+def test_a_fleet_of_both_agents_holds_base_and_update_after_every_hand_back(tmp_path):
+    sim = Simulation(tmp_path, settings=SETTINGS)
+    put_in_cache(sim.graphs)
+    with pytest.MonkeyPatch.context() as patch:
+        seen = watch_hand_backs(patch, sim)
+        sim.add_device("light", lines=LINES, backend=OnnxBackend("cpu", threads=1))
+        sim.add_device("heavy", lines=LINES)
+        sim.run()
+    assert {(one.holder, one.round) for one in seen} == {
+        (holder, round_) for holder in ("light", "heavy", SERVER) for round_ in range(1, ROUNDS + 2)
+    }
+    assert weights_compared(sim, seen) > 50
 
 
 # --- law 5 --------------------------------------------------------------------------------------
@@ -204,7 +239,7 @@ def test_the_merged_model_is_the_rounded_base_with_the_update(gpt2, tmp_path):
     whole = export_merged(adapter, base, tmp_path / "merged", int8_blocks=BLOCKS)
     merged = AutoModelForCausalLM.from_pretrained(whole).eval()
     expected = PeftModel.from_pretrained(gpt2.hugging_face(), str(adapter)).eval()
-    plain = PeftModel.from_pretrained(tiny_model("gpt2").hugging_face(), str(adapter)).eval()
+    plain = PeftModel.from_pretrained(plain_model("gpt2").hugging_face(), str(adapter)).eval()
     tokens = torch.arange(60).reshape(3, 20) * 7 % 100
     with torch.no_grad():
         logits, wanted, others = (m(tokens).logits.numpy() for m in (merged, expected, plain))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from coordinator.model_store import ModelStore
 from shared.terms import TrainingChoices
+from tests.support.simulation import write_model
 from tests.support.tiny_models import TinyModel, tiny_model
 from tests.support.vocabularies import byte_level
 
@@ -31,21 +29,15 @@ class Int8Model(TinyModel):
         return files
 
 
-def write_checkpoint(folder: Path, family: str) -> Path:
-    """Write a tiny model as a hub would hold it."""
-    model = tiny_model(family)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dict(model.config)))
-    copies = {name: tensor.clone().contiguous() for name, tensor in model.tensors.items()}
-    save_file(copies, folder / "model.safetensors")
-    byte_level().save(str(folder / "tokenizer.json"))
-    return folder
+def plain_model(family: str) -> TinyModel:
+    """Return the model that `write_model` of tests.support.simulation writes."""
+    return tiny_model(family, vocab_size=byte_level().get_vocab_size())
 
 
 def int8_model(family: str, folder: Path, *, blocks: int) -> Int8Model:
-    """Return a tiny model of ``family``, ``blocks`` of it in 8 bits."""
+    """Return that model with ``blocks`` of it in 8 bits."""
     training = TrainingChoices(int8_blocks=blocks)
-    base = write_checkpoint(folder / "base", family)
+    base = write_model(folder / "base", family)
     store = ModelStore.open(str(base), cache_folder=folder / "store", training=training)
-    plain = tiny_model(family)
+    plain = plain_model(family)
     return Int8Model(plain.config, {**plain.tensors, **store.tensors()}, training, store)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from coordinator import checkpoints
 from shared.adapters import Array
+from shared.int8_weights import int8_names, quantise
 from tests.support.closeness import relative
 from tests.support.simulation import Simulation
 from tests.support.spies import Held
@@ -37,11 +40,17 @@ def weights_compared(sim: Simulation, seen: Iterable[Held]) -> int:
 
 
 def base_weights(sim: Simulation) -> dict[str, Array]:
-    """Return the base's weight (out, in) of every linear module in the blocks of a GPT-2."""
+    """Return the base's weight (out, in) of every linear module in the blocks of a GPT-2.
+
+    With the values that they are rounded to, where a run has `training.int8_blocks`.
+    """
     words = byte_level().get_vocab_size()
     model = tiny_model(sim.family, vocab_size=words, **sim.model_changes)
+    weights = {name: tensor.numpy() for name, tensor in model.tensors.items()}
+    for name in int8_names(model.architecture, sim.config.training.int8_blocks):
+        weights[name] = quantise(weights[name], inputs_first=True).dequantised()
     return {
-        name.removesuffix(".weight"): tensor.t().double().numpy()
-        for name, tensor in model.tensors.items()
+        name.removesuffix(".weight"): weight.T.astype(np.float64)
+        for name, weight in weights.items()
         if ".h." in name and ".c_" in name and name.endswith(".weight")
     }

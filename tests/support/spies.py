@@ -68,6 +68,8 @@ def _weights_in_graphs(front: OnnxFront) -> dict[str, Array]:
             for part in ("a", "b", "scaling", "frozen_a", "frozen_b")
         }
         base = front._held[block][f"weight.{inside}.weight"].numpy().astype(np.float64)
+        scale = front._held[block].get(f"scale.{inside}.weight")
+        base = base if scale is None else base * scale.numpy()
         base_OI = base.T if front._architecture.family.inputs_first else base
         weights[name] = (
             base_OI

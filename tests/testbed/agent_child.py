@@ -53,7 +53,12 @@ def run(work: dict[str, Any], backend: Any) -> None:
 
     random = np.random.default_rng(0)
     lora = LoraTerms(r=work["rank"], target_modules=tuple(work["targets"]))
-    training = TrainingTerms(labels=work["labels"], wire_dtype="float32", max_length=work["length"])
+    training = TrainingTerms(
+        labels=work["labels"],
+        wire_dtype="float32",
+        max_length=work["length"],
+        int8_blocks=work.get("int8_blocks", 0),
+    )
     architecture = ModelArchitecture.from_json(work["config_json"], training)
     files = {name: Path(file) for name, file in work["files"].items()}
     graphs = {name: Path(file) for name, file in work["graphs"].items()}

@@ -15,15 +15,17 @@ from coordinator.model_store import ModelStore
 from shared.errors import ModelError, PlanError
 from shared.int8_weights import SCALE, VALUES, int8_names, quantise
 from shared.terms import TrainingChoices
-from tests.support.int8_models import write_checkpoint
-from tests.support.tiny_models import tiny_model
+from tests.support.int8_models import plain_model
+from tests.support.simulation import write_model
 
 FAMILIES = ("gpt2", "llama")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def base(request, tmp_path_factory) -> tuple[str, Path]:
-    return request.param, write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+    return request.param, write_model(
+        tmp_path_factory.mktemp(request.param) / "base", request.param
+    )
 
 
 def open_store(base: Path, cache: Path, *, blocks: int) -> ModelStore:
@@ -42,7 +44,7 @@ def test_a_piece_holds_the_linear_weights_in_8_bits_and_the_rest_as_it_was(base,
     family, folder = base
     store = open_store(folder, tmp_path, blocks=2)
     names = set(int8_names(store.architecture, 2))
-    plain = tiny_model(family).tensors
+    plain = plain_model(family).tensors
     for block in (0, 1):
         held = piece(store, f"block.{block}", tmp_path)
         own = {n for n in plain if store.architecture.piece_of(n) == f"block.{block}"}
@@ -58,7 +60,7 @@ def test_a_piece_holds_the_linear_weights_in_8_bits_and_the_rest_as_it_was(base,
 def test_the_coordinator_reads_the_products_of_what_it_serves(base, tmp_path):
     family, folder = base
     store = open_store(folder, tmp_path, blocks=2)
-    tensors, plain = store.tensors(), tiny_model(family).tensors
+    tensors, plain = store.tensors(), plain_model(family).tensors
     names = int8_names(store.architecture, 2)
     first = store.architecture.family.inputs_first
     for name in names:
@@ -75,7 +77,7 @@ def test_the_coordinator_reads_the_products_of_what_it_serves(base, tmp_path):
 
 
 def test_a_block_is_a_quarter_to_fetch(tmp_path):
-    base = write_checkpoint(tmp_path / "base", "gpt2")
+    base = write_model(tmp_path / "base", "gpt2")
     sizes = [
         {one.name: one.size_bytes for one in store.describe().pieces}
         for store in (open_store(base, tmp_path, blocks=n) for n in (0, 1))
@@ -113,7 +115,7 @@ def test_a_damaged_file_is_computed_again(base, tmp_path, damage):
 
 
 def test_another_checkpoint_is_computed_anew(tmp_path):
-    base = write_checkpoint(tmp_path / "base", "gpt2")
+    base = write_model(tmp_path / "base", "gpt2")
     before = open_store(base, tmp_path, blocks=1)
     name = int8_names(before.architecture, 1)[0]
     tensors = load_file(base / "model.safetensors")
@@ -125,7 +127,7 @@ def test_another_checkpoint_is_computed_anew(tmp_path):
 
 
 def test_a_half_precision_base_is_rounded_from_its_own_values(tmp_path):
-    base = write_checkpoint(tmp_path / "base", "gpt2")
+    base = write_model(tmp_path / "base", "gpt2")
     halved = {n: t.to(torch.bfloat16) for n, t in load_file(base / "model.safetensors").items()}
     save_file(halved, base / "model.safetensors")
     store = open_store(base, tmp_path, blocks=1)
@@ -135,7 +137,7 @@ def test_a_half_precision_base_is_rounded_from_its_own_values(tmp_path):
 
 
 def test_a_weight_that_is_no_number_is_named(tmp_path):
-    base = write_checkpoint(tmp_path / "base", "gpt2")
+    base = write_model(tmp_path / "base", "gpt2")
     tensors = load_file(base / "model.safetensors")
     tensors["transformer.h.0.mlp.c_fc.weight"][0, 0] = torch.nan
     save_file(tensors, base / "model.safetensors")
@@ -149,7 +151,7 @@ def test_more_blocks_than_the_model_has_are_refused(base, tmp_path):
 
 
 def test_a_checkpoint_in_8_bits_is_still_refused(tmp_path):
-    base = write_checkpoint(tmp_path / "base", "gpt2")
+    base = write_model(tmp_path / "base", "gpt2")
     tensors = load_file(base / "model.safetensors")
     name = "transformer.h.0.mlp.c_fc.weight"
     tensors[name] = tensors[name].to(torch.int8)
