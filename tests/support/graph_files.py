@@ -66,10 +66,17 @@ def model_graphs(
 
 
 def put_in_cache(library: GraphLibrary) -> None:
-    """Let a run's library find its graphs, those of a head included, so that none is exported."""
+    """Let a run's library find its graphs, those of a head included, so that none is exported.
+
+    They have sites at all linear modules, so runs of one model share them whatever their targets.
+    """
     spec = library._spec
+    config = json.loads(spec.config_json)
+    lora = LoraTerms(
+        target_modules=ALL_LINEAR[config["model_type"]], lora_dropout=spec.lora.lora_dropout
+    )
     training = dataclasses.replace(spec.training, labels="device")
-    files = graph_files(json.loads(spec.config_json), lora=spec.lora, training=training)
+    files = graph_files(config, lora=lora, training=training)
     stored.save(library._folder, {name: file.read_bytes() for name, file in files.items()})
 
 

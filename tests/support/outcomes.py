@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_agent.backends import open_backend
+from edge_agent.backends.base import Backend
 from shared.adapters import Array
 from shared.transport.memory import DEFAULT_MAX_PAYLOAD_BYTES, Faults
 from tests.support.closeness import largest, relative
 from tests.support.faults import Latency
+from tests.support.graph_files import put_in_cache
 from tests.support.simulation import Simulation
 
 TOLERANCE = {"sgd": 1e-5, "adamw": 1e-4}
@@ -79,10 +82,12 @@ def trio(
     devices: str = "abc",
     plans: Mapping[str, Mapping[str, Any]] = PLANS,
     outlier_factor: float | None = 10.0,
+    without_torch: str = "",
 ) -> Simulation:
     """Return a simulation of three unequal devices, not yet run: rounds of 2 steps.
 
-    Every parcel takes a while, and ``faults`` come on top of that.
+    Every parcel takes a while, and ``faults`` come on top of that. ``without_torch``: the devices
+    that compute with onnx.
     """
     sim = Simulation(
         folder,
@@ -104,6 +109,13 @@ def trio(
         model_changes={"n_layer": 4},
         max_payload_bytes=max_payload_bytes,
     )
+    if without_torch:
+        put_in_cache(sim.graphs)
     for device in devices:
-        sim.add_device(device, lines=LINES)
+        sim.add_device(device, lines=LINES, backend=backend_of(device, without_torch))
     return sim
+
+
+def backend_of(device: str, without_torch: str) -> Backend | None:
+    """Return onnx for a device that is ``without_torch``, None for others: a simulation's own."""
+    return open_backend("onnx", device="cpu", threads=1) if device in without_torch else None

@@ -9,7 +9,8 @@ from shared.architecture import ModelArchitecture
 from shared.transport.memory import DEFAULT_MAX_PAYLOAD_BYTES
 from tests.support.faults import Latency
 from tests.support.fleets import Machine
-from tests.support.outcomes import LINES, USUAL
+from tests.support.graph_files import put_in_cache
+from tests.support.outcomes import LINES, USUAL, backend_of
 from tests.support.simulation import Simulation
 
 SPEEDS = {"a": 1.0, "b": 0.5, "c": 0.2}
@@ -36,9 +37,9 @@ class Profiled:
         return replace(self._machine.measured(architecture), **self.lies)
 
 
-def add_measured(sim, name, machine):
+def add_measured(sim, name, machine, *, backend=None):
     """Start a device that is a machine of this kind."""
-    device = sim.add_device(name, lines=LINES)
+    device = sim.add_device(name, lines=LINES, backend=backend)
     device.parts = device.agent._parts = replace(device.parts, profiler=Profiled(machine))
     return device
 
@@ -51,9 +52,13 @@ def planned(
     rules=USUAL,
     faults=None,
     max_payload_bytes=DEFAULT_MAX_PAYLOAD_BYTES,
+    without_torch="",
     **settings,
 ):
-    """Return a simulation of three devices that measured themselves, not yet run."""
+    """Return a simulation of three devices that measured themselves, not yet run.
+
+    ``without_torch``: the devices that compute with onnx.
+    """
     sim = Simulation(
         folder,
         settings={
@@ -73,11 +78,13 @@ def planned(
         model_changes={"n_layer": 4},
         max_payload_bytes=max_payload_bytes,
     )  # fmt: skip
+    if without_torch:
+        put_in_cache(sim.graphs)
     for name, speed in SPEEDS.items():
-        add(sim, name, speed)
+        add(sim, name, speed, backend=backend_of(name, without_torch))
     return sim
 
 
-def add(sim, name, speed):
+def add(sim, name, speed, *, backend=None):
     """Start a device of this speed."""
-    return add_measured(sim, name, Machine(speed=speed))
+    return add_measured(sim, name, Machine(speed=speed), backend=backend)
