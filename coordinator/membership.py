@@ -256,11 +256,12 @@ class Membership:
         self.listener.joined(member)
         profile = request.profile
         logger.info(
-            "%s joined with %d sequences: %.80s, %.80s, hsplit %s",
+            "%s joined with %d sequences: %.80s, %.80s, %.80s, hsplit %s",
             member.device_id,
             profile.sequences,
             profile.machine,
             profile.accelerator or "no accelerator",
+            profile.computes_with or profile.backend,
             profile.hsplit_version,
         )
         self.answer(

@@ -34,7 +34,7 @@ _SETTINGS: _Flags = {
     "--state-folder": ("state_folder", "FOLDER", "keeps this agent's own state"),
     "--memory-limit": ("memory_limit", "SIZE", "what training may use, such as 2GiB"),
     "--backend": ("backend", "NAME", "torch, onnx, or auto: torch where it is installed"),
-    "--device": ("device", "DEVICE", "cpu, cuda, cuda:1, or auto: the GPU where there is one"),
+    "--device": ("device", "DEVICE", "cpu, cuda, cuda:1, tensorrt (onnx) or auto: the GPU, if any"),
     "--threads": ("threads", "N", "CPU threads that training may use"),
     "--emulate": ("emulate", "SPEC", f"play a smaller device: {emulation.EXAMPLE}"),
     "--log-level": ("log_level", "LEVEL", "debug, info, warning or error"),

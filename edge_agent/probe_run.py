@@ -69,7 +69,13 @@ class ProbeRun:
             ModelError: the pieces are not of this model.
         """
         memory = self._memory
-        self._say(ProbeLine(runtime_bytes=memory.runtime_bytes, on_gpu=memory.on_gpu))
+        self._say(
+            ProbeLine(
+                runtime_bytes=memory.runtime_bytes,
+                on_gpu=memory.on_gpu,
+                computes_with=self._backend.computes_with,
+            )
+        )
         for load in self._planned:
             expected_s = self._seconds_per_size * load.size
             if self._points >= LEAST_POINTS and expected_s > self._budget.left_s:

@@ -56,7 +56,9 @@ class ProbeSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeLine:
-    """One line of what the child says: one of these, and ``on_gpu`` with ``runtime_bytes``.
+    """One line of what the child says: one of these; with ``runtime_bytes`` two more.
+
+    These are ``on_gpu`` and ``computes_with``, see `shared.protocol.profile.DeviceProfile`.
 
     ``attempt``: what it is about to do, in case that it does not live to say more. ``failure``:
     why it gave up; its exit code is the error's.
@@ -64,6 +66,7 @@ class ProbeLine:
 
     runtime_bytes: int | None = None
     on_gpu: bool = False
+    computes_with: str | None = None
     attempt: str | None = None
     block: BlockPoint | None = None
     head: HeadPoint | None = None

@@ -49,6 +49,7 @@ class ProbeResult:
     head: tuple[HeadPoint, ...]
     optimizer: tuple[OptimizerPoint, ...]
     warnings: tuple[str, ...]
+    computes_with: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,7 @@ def _gathered(lines: Iterable[ProbeLine]) -> ProbeResult:
     return ProbeResult(
         runtime_bytes=runtime.runtime_bytes or 0,
         on_gpu=runtime.on_gpu,
+        computes_with=runtime.computes_with,
         blocks=tuple(line.block for line in said if line.block is not None),
         head=tuple(line.head for line in said if line.head is not None),
         optimizer=tuple(line.optimizer for line in said if line.optimizer is not None),

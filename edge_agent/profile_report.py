@@ -95,6 +95,7 @@ def _compute(measured: Measured) -> list[str]:
     return [
         _line("model", f"{measured.model}, {measured.blocks} blocks"),
         _line("measured", f"{found.backend} on {measured.computes_on}, {found.dtype}{threads}"),
+        *([] if found.computes_with is None else [_line("computed by", found.computes_with)]),
         _line("with", f"micro-batches of {measured.micro_batch} x {measured.length} tokens"),
         "",
         _row("", "forward", "backward", "spread"),

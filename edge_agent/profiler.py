@@ -39,8 +39,7 @@ MeasureLink: TypeAlias = Callable[[], LinkMeasurement | None]
 class Machine:
     """Who measures, and what with; as in the agent's settings.
 
-    ``device`` is ``auto``, ``cpu``, ``cuda`` or ``cuda:1``. ``memory_limit`` in bytes: what
-    training may use at most, whatever the sensors say.
+    ``memory_limit`` in bytes: what training may use at most, whatever the sensors say.
     """
 
     device_id: DeviceId
@@ -63,7 +62,7 @@ class Machine:
         )
 
     @property
-    def computes_with(self) -> str:
+    def backend_name(self) -> str:
         """The backend by its own name, where ``backend`` is ``auto``.
 
         Raises:
@@ -199,7 +198,7 @@ class Profiler:
     ) -> Measurements:
         return Measurements(
             hsplit_version=version.VERSION,
-            backend=self._machine.computes_with,
+            backend=self._machine.backend_name,
             dtype=request.training.dtype,
             threads=self._machine.threads,
             model=architecture.fingerprint,
@@ -208,13 +207,14 @@ class Profiler:
             blocks=result.blocks,
             head=result.head,
             optimizer=result.optimizer,
+            computes_with=result.computes_with,
         )
 
     def _spec(self, request: MeasureRequest, files: Mapping[str, Path]) -> ProbeSpec:
         machine = self._machine
         on_gpu = machine.device != "cpu" and self._sensors.facts().accelerator is not None
         return ProbeSpec(
-            backend=machine.computes_with,
+            backend=machine.backend_name,
             device=None if machine.device == "auto" else machine.device,
             threads=machine.threads,
             emulate=machine.emulate,
@@ -237,7 +237,7 @@ class Profiler:
             device_id=machine.device_id,
             model=architecture.fingerprint,
             blocks=_blocks(architecture),
-            backend=machine.computes_with,
+            backend=machine.backend_name,
             device=machine.device,
             accelerator=facts.accelerator,
             power_mode=facts.power_mode,
@@ -255,7 +255,7 @@ class Profiler:
             micro_batch=request.micro_batch,
             length=length_bucket(request.length),
             hsplit_version=version.VERSION,
-            backend_version=_installed(PACKAGES[machine.computes_with][0]),
+            backend_version=_installed(PACKAGES[machine.backend_name][0]),
         )
 
 

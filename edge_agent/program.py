@@ -62,7 +62,9 @@ def run(settings: AgentSettings, clock: Clock) -> int:
         sequences=len(text.training),
         evaluation_sequences=0 if text.held_out is None else len(text.held_out),
         facts=sensors.facts(),
+        computes_with=backend.computes_with,
     )
+    logger.info("computing with %s (%s)", backend.computes_with, backend.accelerator or "no GPU")
     with contextlib.ExitStack() as stack:
         stack.callback(sensors.close)
         health_file = health.HealthFile(settings.health_file, clock)

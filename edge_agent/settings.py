@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 import socket
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, StringConstraints
 
 from edge_agent.emulation import Emulation, parse_emulation
 from shared import health
 from shared.config import (
     BrokerSettings,
-    ComputeDevice,
     HsplitSettings,
     MemoryLimit,
     PositiveInt,
@@ -35,6 +34,12 @@ def default_state_folder(device_id: str) -> Path:
     return base_folder("XDG_STATE_HOME", "~/.local/state") / "hsplit" / device_id
 
 
+AgentDevice: TypeAlias = Annotated[
+    str, StringConstraints(pattern=r"^(auto|cpu|(cuda|tensorrt)(:\d{1,3})?)$")
+]
+"""Where a backend computes; ``auto``: on the GPU where there is one, else on the CPU."""
+
+
 def _check_emulation(text: str) -> str:
     try:
         parse_emulation(text)
@@ -49,9 +54,9 @@ class DeviceSettings(HsplitSettings):
     ``cache_folder`` keeps the base weights and may be shared by agents, and shrinks to
     ``cache_limit`` where one is given; ``state_folder`` belongs to one agent alone.
     ``backend`` is what computes (auto: torch where it is installed, else onnx); ``device`` where
-    it computes (auto: on the GPU where there is one); ``threads`` the CPU threads (None: the
-    backend's choice). ``memory_limit`` is what training may use. ``emulate`` plays a smaller
-    device (`edge_agent.emulation`).
+    it computes (auto: on the GPU where there is one; tensorrt is for onnx, and by name alone);
+    ``threads`` the CPU threads (None: the backend's choice). ``memory_limit`` is what training
+    may use. ``emulate`` plays a smaller device (`edge_agent.emulation`).
     """
 
     device_id: Device
@@ -59,7 +64,7 @@ class DeviceSettings(HsplitSettings):
     cache_limit: MemoryLimit | None = None
     state_folder: UserPath | None = None
     backend: Literal["auto", "torch", "onnx"] = "auto"
-    device: ComputeDevice = "auto"
+    device: AgentDevice = "auto"
     memory_limit: MemoryLimit | None = None
     threads: Annotated[int, Ge(1), Le(1024)] | None = None
     emulate: Annotated[str, AfterValidator(_check_emulation)] | None = None

@@ -23,6 +23,11 @@ from shared.errors import ConfigError
 LOWER_IN_A_RUN = "plan.micro_batch, plan.in_flight or training.max_length"
 """What a run can do about a memory that is full."""
 
+TYPICAL_CONTEXT_BYTES = 512 * 2**20
+"""What CUDA's context and its libraries take, where NVML does not tell: 300 to 600 MiB."""
+LEAST_CONTEXT_BYTES = 64 * 2**20
+"""A difference below this means that the context was there before."""
+
 SAMPLE_EVERY_S = 0.002
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")

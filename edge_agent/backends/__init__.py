@@ -40,12 +40,18 @@ def chosen_backend(name: str) -> str:
 def open_backend(name: str, *, device: str | None = None, threads: int | None = None) -> Backend:
     """Return a new backend by name; ``threads``: CPU threads that it may use.
 
-    ``device``: ``cpu``, ``cuda`` or ``cuda:1``; None: the GPU where there is one.
+    ``device``: ``cpu``, ``cuda`` or ``cuda:1``, for onnx also ``tensorrt`` or ``tensorrt:1``;
+    None: the GPU where there is one.
 
     Raises:
         ConfigError: no such backend, what it needs is not installed, or no such device.
     """
     chosen = chosen_backend(name)
+    if chosen == "torch" and (device or "").startswith("tensorrt"):
+        raise ConfigError(
+            f"device {device} is for onnxruntime, but what computes here is torch: choose "
+            "backend: onnx, or device: cuda"
+        )
     try:
         return _opened(chosen, device, threads=threads)
     except ModuleNotFoundError as error:

@@ -83,6 +83,10 @@ class Backend(Protocol):
     def accelerator(self) -> str | None:
         """The name of the GPU that it computes on; None on the CPU."""
 
+    @property
+    def computes_with(self) -> str:
+        """The library that computes, its version, and what of the device it computes on."""
+
     def load(
         self,
         base: FrontBase,

@@ -18,6 +18,7 @@ from edge_agent.backends.numpy_wire import from_frame, to_frame
 from edge_agent.backends.onnx_engine import Engine, explained_out_of_memory
 from edge_agent.backends.onnx_front import Passed
 from edge_agent.backends.onnx_head import JudgedRows
+from edge_agent.backends.onnx_memory import OnnxMemory
 from edge_agent.backends.onnx_part import OnnxPart
 from edge_agent.backends.packed_rows import rows_read_by_head
 from shared.adapters import AdapterState, HeldAdapters
@@ -71,9 +72,10 @@ class OnnxBackend:
         """Compute on ``device``: ``cpu``, ``cuda``, ``cuda:1``, ``tensorrt``; see `Engine`.
 
         Raises:
-            ConfigError: there is no such device here.
+            ConfigError: there is no such device here, or it was asked for and does not load.
         """
         self._engine = Engine(device, threads=threads)
+        self._memory = _loaded_on(self._engine)
         self._part: OnnxPart | None = None
         self._trained: dict[MicroBatch, _Kept] = {}
         self._evaluated: dict[MicroBatch, _Kept] = {}
@@ -82,8 +84,13 @@ class OnnxBackend:
 
     @property
     def accelerator(self) -> str | None:
-        """The execution provider and number of the GPU; None on the CPU."""
-        return f"{self._engine.provider} {self._engine.index}" if self._engine.is_gpu else None
+        """The GPU's name; None on the CPU."""
+        return None if self._memory is None else self._memory.name
+
+    @property
+    def computes_with(self) -> str:
+        """Onnxruntime's version and execution provider, and the number of the GPU."""
+        return str(self._engine)
 
     @_explained
     def load(
@@ -290,8 +297,12 @@ class OnnxBackend:
         trim()
 
     def accelerator_memory(self) -> AcceleratorMemory | None:
-        """Return None: the CPU computes, or onnxruntime does not tell what it has of a GPU."""
-        return None
+        """Return what is used of the GPU's memory, see `OnnxMemory`; None on the CPU.
+
+        Raises:
+            ConfigError: nothing says what is used of it.
+        """
+        return None if self._memory is None else self._memory.taken()
 
     def _run(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> tuple[Array32, _Kept]:
         part = self._loaded()
@@ -352,6 +363,19 @@ class OnnxBackend:
         if self._part is None:
             raise ProtocolError("no part of the model is loaded yet")
         return self._part
+
+
+def _loaded_on(engine: Engine) -> OnnxMemory | None:
+    """Load the engine's provider, and return the GPU's memory that it computes in, if any."""
+    memory = OnnxMemory(engine.index) if engine.is_gpu else None
+    engine.load_provider()
+    if memory is None:
+        return None
+    if engine.is_gpu:
+        memory.context_made()
+        return memory
+    memory.close()
+    return None
 
 
 def _find(kept: dict[MicroBatch, _Kept], key: MicroBatch) -> _Kept:

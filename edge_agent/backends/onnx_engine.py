@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from shared.errors import ConfigError, MemoryFullError, ModelError
+from shared.errors import ConfigError, HsplitError, MemoryFullError, ModelError
 from shared.memory_use import LOWER_IN_A_RUN
 
 logger = logging.getLogger(__name__)
@@ -28,10 +28,20 @@ Values: TypeAlias = Mapping[str, Value]
 
 CPU = "CPUExecutionProvider"
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider", "cpu": CPU}
-"""By the word that a setting names them with."""
+"""By the word that a setting names them with.
 
-_BUILT_FOR_ITS_SHAPES = "tensorrt"
-"""Never chosen unasked: it builds an engine anew for every batch and length that it meets."""
+TensorRT is never chosen unasked: it builds an engine anew, for seconds to minutes, whenever a
+batch, length or rank comes that is beyond those that it has met.
+"""
+
+_IN_ORDER = ("tensorrt", "cuda", "cpu")
+"""What one provider has no kernel for, the next computes; their values are on one GPU."""
+
+_TRIAL = (
+    b'\x08\n:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01'
+    b"\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x14"
+)
+"""A graph as a file would hold it (IR 10, opset 20): one number x in, y = Identity(x) out."""
 
 _OUT_OF_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc", "out of memory")
 """In the words of onnxruntime's errors where a memory is full."""
@@ -55,7 +65,11 @@ class Engine:
         self._threads = threads
         self._kind = _choose(self._asked)
         _share_memory()
-        self._fell_back = False
+
+    def __str__(self) -> str:
+        """Say what computes: library, version, provider, and which GPU."""
+        gpu = f" {self.index}" if self.is_gpu else ""
+        return f"onnxruntime {ort.__version__}, {self.provider}{gpu}"
 
     @property
     def provider(self) -> str:
@@ -67,8 +81,23 @@ class Engine:
         """Whether values lie on a GPU."""
         return self._kind != "cpu"
 
-    def open(self, name: str, path: Path) -> Graph:
-        """Open the graph in a file.
+    def load_provider(self) -> None:
+        """Load the provider now, so that what computes is known before the first graph comes.
+
+        Falls back to the CPU, with a warning, where it was not asked for by name.
+
+        Raises:
+            ConfigError: it was asked for by name and does not load.
+        """
+        try:
+            self.open("a trial", _TRIAL).run({"x": self.put(np.zeros(1, np.float32))})
+        except Exception as error:  # as in `_session`
+            if isinstance(error, HsplitError) or not self.is_gpu:
+                raise
+            self._provider_failed(error)
+
+    def open(self, name: str, path: Path | bytes) -> Graph:
+        """Open the graph in a file, or what one holds.
 
         Raises:
             ModelError: this onnxruntime cannot read it.
@@ -94,9 +123,10 @@ class Engine:
     def _place(self) -> tuple[str, int]:
         return ("cuda", self.index) if self.is_gpu else ("cpu", 0)
 
-    def _session(self, name: str, path: Path) -> ort.InferenceSession:
+    def _session(self, name: str, path: Path | bytes) -> ort.InferenceSession:
+        graph = path if isinstance(path, bytes) else str(path)
         try:
-            return ort.InferenceSession(str(path), self._options(), providers=self._providers())
+            return ort.InferenceSession(graph, self._options(), providers=self._providers())
         except Exception as error:  # onnxruntime's own are many, and derive from Exception alone
             if self.is_gpu and not _is_of_the_graph(error):
                 self._provider_failed(error)
@@ -119,9 +149,10 @@ class Engine:
         self._kind = "cpu"
 
     def _providers(self) -> list[Any]:
-        if not self.is_gpu:
-            return [CPU]
-        return [(PROVIDERS[self._kind], {"device_id": self.index}), CPU]
+        kinds = _IN_ORDER[_IN_ORDER.index(self._kind) :]
+        return [
+            (PROVIDERS[kind], {} if kind == "cpu" else {"device_id": self.index}) for kind in kinds
+        ]
 
     def _options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()

@@ -91,6 +91,11 @@ class TorchBackend:
         """The GPU's name; None on the CPU."""
         return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else None
 
+    @property
+    def computes_with(self) -> str:
+        """Torch's version and device."""
+        return f"torch {torch.__version__}, {self._device}"
+
     @_explained
     def load(
         self,

@@ -81,6 +81,11 @@ class EmulatedBackend:
         """The name of the GPU that it computes on; None on the CPU."""
         return self._inner.accelerator
 
+    @property
+    def computes_with(self) -> str:
+        """As the backend inside; see `Backend.computes_with`."""
+        return self._inner.computes_with
+
     def load(
         self,
         base: FrontBase,

@@ -25,6 +25,14 @@ def available_bytes(files: KernelFiles) -> int | None:
     return _smallest(free, cgroups.memory_headroom_bytes(files))
 
 
+def machine_available_bytes(files: KernelFiles) -> int | None:
+    """Return what the machine's memory has left for all, whatever this process may take of it.
+
+    No cgroup counts what a GPU takes of it, so a container's limit would hide that.
+    """
+    return _meminfo_bytes(files, "MemAvailable")
+
+
 def resident_bytes(files: KernelFiles) -> int | None:
     """Return what this process holds of memory, its libraries and mapped files included."""
     return _status_bytes(files, "VmRSS")

@@ -6,14 +6,14 @@ import logging
 
 import torch
 
-from shared.memory_use import AcceleratorMemory
+from shared.memory_use import (
+    LEAST_CONTEXT_BYTES,
+    TYPICAL_CONTEXT_BYTES,
+    AcceleratorMemory,
+)
 
 logger = logging.getLogger(__name__)
 
-TYPICAL_CONTEXT_BYTES = 512 * 2**20
-"""What CUDA's context and its libraries take, where NVML does not tell: 300 to 600 MiB."""
-LEAST_CONTEXT_BYTES = 64 * 2**20
-"""A difference below this means that the context was there before."""
 _WARM_UP = 64
 
 

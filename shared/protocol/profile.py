@@ -100,6 +100,7 @@ class Measurements:
     head: Annotated[tuple[HeadPoint, ...], Field(max_length=16)] = ()
     optimizer: Annotated[tuple[OptimizerPoint, ...], Field(max_length=16)] = ()
     link: LinkMeasurement | None = None
+    computes_with: Text | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +133,11 @@ class DeviceFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
-    """What a device says of itself when it joins; every measured field is optional."""
+    """What a device says of itself when it joins; every measured field is optional.
+
+    ``computes_with``: the library that computes, its version, and what of the device it computes
+    on, such as ``onnxruntime 1.31.1, CUDAExecutionProvider 0``.
+    """
 
     backend: Annotated[str, Field(max_length=64)]
     hsplit_version: Annotated[str, Field(max_length=64)]
@@ -142,6 +147,7 @@ class DeviceProfile:
     sequences: Positive
     evaluation_sequences: Count
     facts: DeviceFacts = DeviceFacts()
+    computes_with: Text | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

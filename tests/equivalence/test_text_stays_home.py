@@ -45,6 +45,7 @@ MEASUREMENTS = {
     "head": [{"tokens": int, "seconds": float, "spread": float, "extra_bytes": int}],
     "optimizer": [{"adapter_parameters": int, "seconds": float}],
     "link": {"uplink_bytes_per_s": float, "downlink_bytes_per_s": float, "round_trip_s": float},
+    "computes_with": None,
 }  # fmt: skip
 """Sizes and seconds of a part of the public base, on tokens drawn at random."""
 FROM_A_DEVICE: Mapping[str, Mapping[str, Any]] = {
@@ -53,7 +54,7 @@ FROM_A_DEVICE: Mapping[str, Mapping[str, Any]] = {
         "profile": {
             "backend": str, "hsplit_version": str, "machine": str, "accelerator": None,
             "memory_limit_bytes": None, "sequences": int, "evaluation_sequences": int,
-            "facts": NOTHING_SENSED,
+            "facts": NOTHING_SENSED, "computes_with": None,
         },
     },
     "piece_request": {"call": CALL, "sha256": str, "offset": int, "length": int},

@@ -121,6 +121,7 @@ MEASUREMENTS = Measurements(
     head=(HeadPoint(tokens=252, seconds=0.5, spread=0.125, extra_bytes=40 * 2**20),),
     optimizer=(OptimizerPoint(adapter_parameters=6144, seconds=0.0009765625),),
     link=LinkMeasurement(uplink_bytes_per_s=2.5e6, downlink_bytes_per_s=1e7, round_trip_s=0.03125),
+    computes_with="torch 2.13.0, cuda:0",
 )
 _TELEMETRY = Telemetry(
     accelerator_load_percent=87.0,
@@ -151,6 +152,7 @@ _ALL: tuple[Any, ...] = (
             memory_limit_bytes=8 * 2**30,
             sequences=1200,
             evaluation_sequences=60,
+            computes_with="torch 2.13.0, cuda:0",
         ),
     ),
     PieceRequest(call=_call(1), sha256=_SHA, offset=1 << 20, length=4),

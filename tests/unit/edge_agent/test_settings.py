@@ -52,9 +52,17 @@ def test_what_computes_need_not_be_said():
     ]
 
 
-@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "tensorrt", "tensorrt:1"])
 def test_where_to_compute_can_be_said(device):
     assert load(device=device).device == device
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu"),
+    [("auto", 0), ("cpu", None), ("cuda:1", 1), ("tensorrt", 0), ("tensorrt:2", 2)],
+)
+def test_the_gpu_that_sensors_look_at_is_the_one_to_compute_on(device, gpu):
+    assert load(device=device).gpu == gpu
 
 
 @pytest.mark.parametrize(
@@ -70,6 +78,8 @@ def test_where_to_compute_can_be_said(device):
         {"threads": 0},
         {"device": "gpu"},
         {"device": "cuda:x"},
+        {"device": "tensorrt:"},
+        {"device": "cpu:1"},
         {"cache_limit": "20"},
         {"share_labels": "perhaps"},
         {"backend": "tensorflow"},

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared.memory_use import watched_peak
-from shared.modeling.accelerator import LEAST_CONTEXT_BYTES, TorchMemory, wait_for
+from shared.memory_use import LEAST_CONTEXT_BYTES, watched_peak
+from shared.modeling.accelerator import TorchMemory, wait_for
 
 MIB = 2**20
 
