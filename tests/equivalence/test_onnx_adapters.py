@@ -106,7 +106,7 @@ def handed_back(model, round_):
             _pair(random, (features_in, features_out), rank=rank, scaling=2.0),
             None
             if residual_rank is None
-            else _pair(random, (features_in, features_out), rank=residual_rank, scaling=1.0),
+            else _pair(random, (features_in, features_out), rank=residual_rank, scaling=0.5),
         )
     del adapters[modules[round_ % len(modules)]]
     return adapters
@@ -167,7 +167,7 @@ def test_importance_counts_the_residual_and_the_pair(family, tmp_path):
         for place, inside in enumerate(model.architecture.linears):
             module = f"{model.architecture.block_path(block)}.{inside}"
             random, features = np.random.default_rng(place), model.architecture.features(module)
-            residual = _pair(random, features, rank=(2, 40)[place % 2], scaling=1.0)
+            residual = _pair(random, features, rank=(2, 40)[place % 2], scaling=0.5)
             trained = _pair(random, features, rank=(0, 3)[block % 2], scaling=2.0)
             adapters[module] = ModuleAdapter(trained, residual)
     device = both(model, tmp_path, split_layer=3)["onnx"]
