@@ -57,6 +57,7 @@ FROM_A_DEVICE: Mapping[str, Mapping[str, Any]] = {
             "facts": NOTHING_SENSED, "computes_with": None,
         },
     },
+    "graphs_request": {"call": CALL},
     "piece_request": {"call": CALL, "sha256": str, "offset": int, "length": int},
     "ready": {
         "call": CALL, "measurements": MEASUREMENTS, "overloaded": None,
@@ -93,13 +94,17 @@ WINDOW = 8
 
 @pytest.fixture(scope="module", params=["device", "server"])
 def run(request, tmp_path_factory):
-    """A whole run, with chunks small enough that tensors are cut, and all that was published."""
+    """A whole run, with chunks small enough that tensors are cut, and all that was published.
+
+    Device b computes without torch.
+    """
     folder = tmp_path_factory.mktemp("recorded")
     sim = planned(
         folder,
         labels=request.param,
         rules=PATIENT,
         max_payload_bytes=5000,
+        without_torch="b",
         rounds={"count": 1, "steps": 2},
     )
     sim.run()
@@ -151,15 +156,19 @@ def test_a_device_says_nothing_but_what_is_listed(run):
 
 
 def test_no_message_has_a_tensor_of_integers_but_the_public_base(run):
-    """Those are the bytes of the model's files, from the coordinator, exactly as they are."""
+    """Those are the bytes of the model's files, from the coordinator, exactly as they are.
+
+    And those of the graphs, which are made of the model's config alone.
+    """
     labels, sim, sent = run
-    store = sim.coordinator._store
+    store, graphs = sim.coordinator._supplies._store, sim.graphs.found
     integers = []
     for one in sent:
         frames = [f for f in tensors_of(one.message) if not f.dtype.startswith("float")]
         if isinstance(one.message, PieceBytes):
             data = one.message.data
-            stored = store.read(one.message.sha256, offset=one.message.offset, length=data.nbytes)
+            source = graphs if one.message.sha256 in graphs.contents else store
+            stored = source.read(one.message.sha256, offset=one.message.offset, length=data.nbytes)
             assert bytes(data.data) == bytes(stored)
         elif frames:
             integers.append(one.message.type)

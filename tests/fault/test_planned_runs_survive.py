@@ -224,7 +224,7 @@ def test_one_that_prepares_for_ever_is_not_waited_for(tmp_path, monkeypatch):
     dictate(monkeypatch, sim, {1: {"c": 2}})
     sim.run(until=lambda: is_changing(sim, "c"))
     agent, began_s, asked_s = sim.devices["c"].agent, sim.clock.monotonic_s(), []
-    piece = sim.coordinator._store.describe().pieces[0]
+    piece = sim.coordinator._supplies._store.describe().pieces[0]
 
     def ask(_timeout_s):
         if sim.clock.monotonic_s() < began_s + 5 * len(asked_s):
