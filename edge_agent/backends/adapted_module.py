@@ -78,11 +78,13 @@ class AdaptedModule:
         """Return a copy of the trained pair, float32."""
         return LoraPair(self.a_RI.copy(), self.b_OR.copy(), self.scaling)
 
-    def inputs(self) -> Mapping[str, npt.NDArray[np.float32]]:
-        """Return what a graph takes for the adapter, by the first part of its name."""
+    def trained(self) -> Mapping[str, Array32]:
+        """Return what every step changes, as a graph's inputs by the first part of their names."""
+        return {"a": self.a_RI, "b": self.b_OR}
+
+    def fixed(self) -> Mapping[str, Array32]:
+        """Return the adapter's other inputs, which only `replace` changes."""
         return {
-            "a": self.a_RI,
-            "b": self.b_OR,
             "scaling": np.array(self.scaling, dtype=np.float32),
             "frozen_a": self.frozen_a_FI,
             "frozen_b": self.frozen_b_OF,

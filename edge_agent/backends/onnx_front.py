@@ -7,7 +7,7 @@ in and out features.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class OnnxFront:
         self._frozen = [self._frozen_values(block) for block in range(split_layer)]
         self._held: list[dict[str, Value]] = [{} for _ in range(split_layer)]
         self._embeddings = self._embedding_values()
-        self.refresh()
+        self._hold(self._modules)
 
     # --- adapters -----------------------------------------------------------------------------
 
@@ -98,17 +98,29 @@ class OnnxFront:
             self.module(name).check(name, adapter, fold=fold)
         for name, adapter in adapters.items():
             self._modules[name].replace(adapter, fold=fold)
-        self.refresh()
+        self._hold(adapters)
 
     def refresh(self) -> None:
-        """Put the adapters as they are now where the graphs find them."""
+        """Put the trained pairs as they are now where the graphs find them."""
         for name, module in self._modules.items():
-            block, inside = self._place(name)
-            values: dict[str, npt.NDArray[Any]] = {
-                f"{part}.{inside}": array for part, array in module.inputs().items()
-            }
-            values.update(graph_inputs(module.weight, f"{inside}.weight"))
-            self._held[block].update({n: self._engine.put(array) for n, array in values.items()})
+            if module.rank:
+                self._put(name, module.trained())
+
+    def _hold(self, names: Iterable[str]) -> None:
+        """Put all that these modules hold where the graphs find it."""
+        for name in names:
+            module = self._modules[name]
+            self._put(name, {**module.trained(), **module.fixed()})
+            _, inside = self._place(name)
+            self._put_values(name, graph_inputs(module.weight, f"{inside}.weight"))
+
+    def _put(self, name: str, parts: Mapping[str, Array32]) -> None:
+        _, inside = self._place(name)
+        self._put_values(name, {f"{part}.{inside}": array for part, array in parts.items()})
+
+    def _put_values(self, name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        block, _ = self._place(name)
+        self._held[block].update({n: self._engine.put(array) for n, array in arrays.items()})
 
     def module(self, name: str) -> AdaptedModule:
         """Return a linear module by its full path.
@@ -271,7 +283,9 @@ class OnnxFront:
             inside = name.removeprefix(_WEIGHT)
             module = f"{path}.{inside.removesuffix('.weight')}"
             if inside != name and module not in self._modules:
-                values |= self._put(self._weight(graphs[0], inside, f"{path}.{inside}"), inside)
+                values |= self._values_of(
+                    self._weight(graphs[0], inside, f"{path}.{inside}"), inside
+                )
         return values
 
     def _embedding_values(self) -> dict[str, Value]:
@@ -281,10 +295,10 @@ class OnnxFront:
         names = [name.removeprefix(_WEIGHT) for name in graph.inputs if name.startswith(_WEIGHT)]
         values: dict[str, Value] = {}
         for name in names:
-            values |= self._put(self._weight(graph, name, name), name)
+            values |= self._values_of(self._weight(graph, name, name), name)
         return values
 
-    def _put(self, weight: FrozenWeight, name: str) -> dict[str, Value]:
+    def _values_of(self, weight: FrozenWeight, name: str) -> dict[str, Value]:
         return {n: self._engine.put(array) for n, array in graph_inputs(weight, name).items()}
 
     def _weight(self, graph: Graph, inside: str, name: str) -> FrozenWeight:
