@@ -35,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="carry out the run that a YAML file describes"))
     _add_plan(commands.add_parser("plan", help="what a run would do with measured devices"))
     _add_demo(commands.add_parser("demo", help="the whole system on this machine: 3 agents"))
+    _add_graphs(
+        commands.add_parser("graphs", help="write what a device without torch computes with")
+    )
     _add_export(commands.add_parser("export", help="write a run's adapter, or the merged model"))
     _add_evaluate(commands.add_parser("evaluate", help="perplexity and NLG metrics of an adapter"))
     _add_report(commands.add_parser("report", help="write a run's curves and plans as one page"))
@@ -101,6 +104,19 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, default=None, help="target folder")
     parser.add_argument("--merged", action="store_true", help="the full model with its update")
     parser.set_defaults(command=_export)
+
+
+def _add_graphs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="base model: a hub name or a folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="target folder")
+    parser.add_argument(
+        "--labels", choices=["device", "server"], default="device", help="server: without a head"
+    )
+    parser.add_argument(
+        "--target-modules", metavar="NAME,...", help="as in a run's lora.target_modules"
+    )
+    _add_logging(parser)
+    parser.set_defaults(command=_graphs)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -218,6 +234,19 @@ def _demo(arguments: argparse.Namespace) -> None:
         labels=arguments.labels, rounds=arguments.rounds, strategy=arguments.strategy
     )
     run.demo(arguments.folder, SystemClock(), wanted)
+
+
+def _graphs(arguments: argparse.Namespace) -> None:
+    from coordinator.graphs import command  # noqa: PLC0415 - as in `_run`
+
+    logs.set_up(arguments.log_level or "info", arguments.log_format or "text")
+    targets = (arguments.target_modules or "").split(",")
+    wanted = command.Wanted(
+        model=arguments.model,
+        labels=arguments.labels,
+        target_modules=tuple(name.strip() for name in targets if name.strip()),
+    )
+    print(command.write(wanted, arguments.out, SystemClock()))
 
 
 def _export(arguments: argparse.Namespace) -> None:

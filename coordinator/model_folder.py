@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,13 @@ class ModelTexts:
 
 
 def find_model(
-    name_or_path: str, *, revision: str | None = None, setting: str = "model.name"
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    setting: str = "model.name",
+    files: Sequence[str] = WANTED,
 ) -> ModelFolder:
-    """Return the folder of a model, fetching it from the Hugging Face hub where needed.
+    """Return the folder of a model, fetching ``files`` from the Hugging Face hub where needed.
 
     ``setting``: where the name was given, for errors.
     The hub's own settings hold: ``HF_HOME``, ``HF_TOKEN``, and with ``HF_HUB_OFFLINE=1`` only
@@ -78,7 +82,7 @@ def find_model(
         return ModelFolder(source=name_or_path, path=path)
     if not hub.is_hub_name(name_or_path):
         raise ModelError(f"model {name_or_path}: no such folder; check {setting}")
-    fetched = hub.fetch(name_or_path, files=WANTED, revision=revision, setting=setting)
+    fetched = hub.fetch(name_or_path, files=files, revision=revision, setting=setting)
     return ModelFolder(source=name_or_path, path=fetched, revision=fetched.name)
 
 
@@ -88,9 +92,7 @@ def read_texts(folder: ModelFolder) -> ModelTexts:
     Raises:
         ModelError: ``config.json`` or ``tokenizer.json`` is missing or damaged.
     """
-    config_json = _read(folder, "config.json")
-    if config_json is None:
-        raise ModelError(f"{folder.path}: config.json is missing; is this a Hugging Face model?")
+    config_json = read_config(folder)
     tokenizer_config = _json_object(folder, "tokenizer_config.json")
     names = {**_json_object(folder, "special_tokens_map.json"), **tokenizer_config}
     special_tokens = _special_tokens(names)
@@ -102,6 +104,18 @@ def read_texts(folder: ModelFolder) -> ModelTexts:
         special_tokens=special_tokens,
         eos_token_id=_eos_token_id(tokenizer_file(folder), special_tokens, config),
     )
+
+
+def read_config(folder: ModelFolder) -> str:
+    """Return the text of ``config.json``.
+
+    Raises:
+        ModelError: it is missing, or cannot be read.
+    """
+    config_json = _read(folder, "config.json")
+    if config_json is None:
+        raise ModelError(f"{folder.path}: config.json is missing; is this a Hugging Face model?")
+    return config_json
 
 
 def tokenizer_file(folder: ModelFolder) -> Path:

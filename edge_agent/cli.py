@@ -44,6 +44,7 @@ _OF_RUN_ALONE = ("--data", "--evaluation-data", "--evaluation-fraction", "--cach
 _PROFILE_SETTINGS: _Flags = {
     **{flag: one for flag, one in _SETTINGS.items() if flag not in _OF_RUN_ALONE},
     "--model": ("model", "MODEL", "a Hugging Face model: its folder, or its name on the hub"),
+    "--graphs": ("graphs", "FOLDER", "of hsplit-coordinator graphs MODEL, for backend onnx"),
     "--labels": ("labels", "SIDE", "device (the head is here, the default) or server"),
     "--dtype": ("dtype", "DTYPE", "of the frozen base: float32 (the default), bfloat16, float16"),
     "--micro-batch": ("micro_batch", "N", "sequences in a micro-batch"),

@@ -7,13 +7,13 @@ import dataclasses
 import logging
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent import link_probe
-from edge_agent.backends import chosen_backend
 from edge_agent.emulation import link_of
+from edge_agent.local_graphs import graphs_of
 from edge_agent.local_model import LocalModel, open_model
 from edge_agent.profile_cache import FOLDER, ProfileCache
 from edge_agent.profiler import Machine, MeasureLink, MeasureRequest, Profiler
@@ -86,9 +86,9 @@ def run(settings: ProfileSettings, clock: Clock, *, fresh: bool, output: Path | 
         raise ConfigError("--output writes what was measured for a model: add --model")
     # First the model: a wrong name is found before anything is measured.
     model = None if settings.model is None else open_model(settings.model)
+    graphs = graphs_of(settings, model)
     if model is not None:
         _check_length(settings.length, model)
-        _check_backend(settings)
     with contextlib.closing(open_sensors(gpu=settings.gpu)) as sensors:
         link = _link(settings, clock)
         profiler = Profiler(
@@ -108,7 +108,8 @@ def run(settings: ProfileSettings, clock: Clock, *, fresh: bool, output: Path | 
         )
         if model is None:
             return dataclasses.replace(found, link=None if link is None else link())
-        measurements = _measured(profiler, model, settings, fresh=fresh)
+        request = _request(model, settings, graphs)
+        measurements = _measured(profiler, model, request, settings.cache_folder, fresh=fresh)
     measured = _as_measured(found, model, settings, measurements)
     if output is not None:
         profile_file.write(output, measured.profile)
@@ -138,10 +139,10 @@ def _link(settings: ProfileSettings, clock: Clock) -> MeasureLink | None:
     return link_probe.measurer(settings.broker, device, clock=clock, emulated=emulated)
 
 
-def _measured(
-    profiler: Profiler, model: LocalModel, settings: ProfileSettings, *, fresh: bool
-) -> Measurements:
-    request = MeasureRequest(
+def _request(
+    model: LocalModel, settings: ProfileSettings, graphs: Mapping[str, Path]
+) -> MeasureRequest:
+    return MeasureRequest(
         config_json=model.config_json,
         training=TrainingTerms(
             task=model.architecture.task,
@@ -155,27 +156,29 @@ def _measured(
         optimizer=OptimizerTerms(),
         micro_batch=settings.micro_batch,
         length=settings.length,
+        graphs=graphs,
     )
+
+
+def _measured(
+    profiler: Profiler, model: LocalModel, request: MeasureRequest, cache: Path, *, fresh: bool
+) -> Measurements:
     names = profiler.pieces(request, fresh=fresh)
     if not names:
         return profiler.measure(request, {})
-    with _scratch(settings.cache_folder) as scratch:
+    with _scratch(cache) as scratch:
         files = model.piece_files(names, scratch=scratch)
         return profiler.measure(request, files, fresh=fresh)
 
 
-def _check_backend(settings: DeviceSettings) -> None:
-    """Raise where a model cannot be measured without a coordinator."""
-    if chosen_backend(settings.backend) == "onnx":
-        raise ConfigError(
-            "a model is measured here with torch, and backend onnx has no code of models: it "
-            "measures itself with a run's graphs when it joins one. Leave --model out, or "
-            "pip install 'hsplit[torch]' and add --backend torch"
-        )
-
-
 def _accelerator(settings: DeviceSettings, facts: DeviceFacts) -> str | None:
     return None if settings.device == "cpu" else facts.accelerator
+
+
+def _computes_on(measurements: Measurements, facts: DeviceFacts) -> str:
+    """Return the GPU's name, or the CPU: a backend may have found no way to the GPU."""
+    on_gpu = measurements.on_gpu or facts.accelerator_shares_memory
+    return (facts.accelerator if on_gpu else None) or "the CPU"
 
 
 @contextlib.contextmanager
@@ -207,7 +210,7 @@ def _as_measured(
     return Measured(
         model=model.name,
         blocks=model.architecture.block_count,
-        computes_on=_accelerator(settings, found.facts) or "the CPU",
+        computes_on=_computes_on(measurements, found.facts),
         micro_batch=settings.micro_batch,
         length=settings.length,
         profile=profile,

@@ -123,12 +123,14 @@ class ProfileSettings(DeviceSettings):
     ``model`` is a folder or a hub name; None: only what sensors say, and the link. Measured are
     micro-batches of ``micro_batch`` sequences of ``length`` tokens under ``labels``, with the base
     in ``dtype``. An agent's
-    own settings file serves as well: text is not looked at.
+    own settings file serves as well: text is not looked at. ``graphs`` is a folder that
+    ``hsplit-coordinator graphs`` wrote, for backend onnx.
     """
 
     device_id: Device = Field(default_factory=host_name)
     broker: BrokerSettings | None = None
     model: str | None = None
+    graphs: UserPath | None = None
     labels: LabelMode = "device"
     dtype: ComputeDtype = "float32"
     micro_batch: Annotated[PositiveInt, Le(4096)] = 4

@@ -45,8 +45,7 @@ class GraphLibrary:
             training=settings.training,
             lora=settings.lora,
         )
-        folder = base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "graphs"
-        return cls(spec, folder, clock)
+        return cls(spec, graph_cache(), clock)
 
     def want(self) -> StoredGraphs | None:
         """Return the graphs; None: they are being made now, and `poll` will say what came of it.
@@ -101,9 +100,14 @@ class GraphLibrary:
         if self.found is None:
             logger.info(
                 "exporting this model's graphs for devices without torch, once for its "
-                "architecture; rounds go on meanwhile"
+                "architecture: half a minute to a few minutes"
             )
             self.export = Export(self._spec, self._folder, self._clock)
+
+
+def graph_cache() -> Path:
+    """Return the folder of the user's cache that keeps the graphs of all runs."""
+    return base_folder("XDG_CACHE_HOME", "~/.cache") / "hsplit" / "graphs"
 
 
 def _no_graphs(reason: str) -> PlanError:

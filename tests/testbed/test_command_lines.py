@@ -36,6 +36,7 @@ AGENT = {
             "--log-level",
             "--log-format",
             "--model",
+            "--graphs",
             "--labels",
             "--dtype",
             "--micro-batch",
@@ -54,6 +55,7 @@ COORDINATOR = {
         *("--log-level", "--log-format"),
     },
     "demo": {"--folder", "--labels", "--rounds", "--strategy", "--log-level", "--log-format"},
+    "graphs": {"model", "--out", "--labels", "--target-modules", "--log-level", "--log-format"},
     "export": {"run_folder", "--to", "--merged"},
     "evaluate": {
         *("folder", "--data", "--model", "--metrics", "--limit", "--max-length", "--beams"),
