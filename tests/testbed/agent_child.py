@@ -20,7 +20,7 @@ STATUS = Path("/proc/self/status")
 def memory() -> dict[str, int]:
     """Return what the process holds now and held at most, in bytes."""
     found = dict(
-        re.findall(r"^(VmHWM|VmRSS|RssAnon|RssFile):\s+(\d+) kB$", STATUS.read_text(), re.M)
+        re.findall(r"^(VmHWM|VmRSS|RssAnon|RssFile):\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
     )
     return {name: int(value) * 1024 for name, value in found.items()}
 
