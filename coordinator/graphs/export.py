@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 import onnx
 
+from coordinator.graphs.blocks import block as traced_block
 from coordinator.graphs.cutting import cut, read_sizes_from
-from coordinator.graphs.functions import ModelToTrace
+from coordinator.graphs.ends import embeddings, head
+from coordinator.graphs.model_to_trace import ModelToTrace
 from coordinator.graphs.spec import GraphSpec
 from coordinator.graphs.tracing import Traceable, to_onnx
 from shared.errors import HsplitError, ModelError
@@ -37,12 +39,12 @@ def export_graphs(spec: GraphSpec) -> dict[str, bytes]:
     architecture = model.architecture
     graphs: dict[str, onnx.ModelProto] = {}
     for kind, block in spec.first_of_kinds().items():
-        whole = _exported(model.block(block), f"block {block}")
+        whole = _exported(traced_block(model, block), f"block {block}")
         graphs |= {graph_name(kind, d): part for d, part in _parts(whole).items()}
     if adds_to_tokens(architecture.family):
-        graphs[EMBEDDINGS] = cut(_exported(model.embeddings(), "the embeddings"), ["output"])
+        graphs[EMBEDDINGS] = cut(_exported(embeddings(model), "the embeddings"), ["output"])
     if spec.training.labels == "device":
-        whole = _exported(model.head(), "the head")
+        whole = _exported(head(model), "the head")
         outputs = _outputs(whole)
         graphs[HEAD] = cut(whole, outputs)
         graphs[LOSS] = cut(whole, [name for name in outputs if not name.startswith("gradient.")])
