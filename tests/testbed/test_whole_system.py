@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from importlib import metadata
 
 import pytest
 import yaml
@@ -108,6 +109,13 @@ def assert_complete_metrics(system: System) -> None:
 def test_the_record_has_every_step_once_and_every_token(calm):
     assert_complete_record(calm.system)
     assert status(calm.system)["coordinator"] == "not at work (complete)"
+
+
+def test_what_computes_on_each_device_is_in_the_record(calm):
+    devices = {one["device"]: one["profile"] for one in status(calm.system)["devices"]}
+    assert devices.keys() == small_run.SPLIT_LAYERS.keys()
+    for profile in devices.values():
+        assert profile["computes_with"].startswith(f"torch {metadata.version('torch')}")
 
 
 def status(system: System) -> dict:

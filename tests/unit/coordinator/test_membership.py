@@ -103,8 +103,8 @@ class World:
     def beat(self, session: SessionId, *awaiting: int) -> list[Message]:
         return self.say(Heartbeat(session=session, awaiting=awaiting), "telemetry")
 
-    def join(self, session: SessionId = FIRST) -> list[Message]:
-        return self.say(JoinRequest(call=Call(session=session, number=0), profile=PROFILE))
+    def join(self, session: SessionId = FIRST, profile: DeviceProfile = PROFILE) -> list[Message]:
+        return self.say(JoinRequest(call=Call(session=session, number=0), profile=profile))
 
     def member(self, session: SessionId = FIRST) -> Member:
         self.join(session)
@@ -231,6 +231,13 @@ def test_a_silent_member_is_struck_off_and_reported():
     world.tick(LOST_AFTER_S)
     assert world.lost == [member]
     assert world.beat(FIRST) == [Rejoin(session=FIRST)]
+
+
+@pytest.mark.parametrize("said", ["onnxruntime 1.31.1, CUDAExecutionProvider 0", None])
+def test_what_computes_there_is_in_the_log_and_of_an_older_agent_its_backend(said, caplog):
+    with caplog.at_level(logging.INFO):
+        World().join(profile=dataclasses.replace(PROFILE, computes_with=said))
+    assert f"no accelerator, {said or 'torch'}, hsplit 0" in caplog.text
 
 
 def test_a_member_that_leaves_is_reported_at_once_and_its_reason_logged(caplog):
