@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from edge_agent.backends import PACKAGES, chosen_backend
+from edge_agent.backends.base import Backend
 from edge_agent.probe_spec import ProbeSpec
 from edge_agent.probing import ProbeResult, probe
 from edge_agent.profile_cache import ProfileCache, ProfileKey, length_bucket
@@ -40,6 +41,8 @@ class Machine:
     """Who measures, and what with; as in the agent's settings.
 
     ``memory_limit`` in bytes: what training may use at most, whatever the sensors say.
+    ``computes_with`` and ``accelerated`` (on a GPU), as `Backend` has them: what was found to work,
+    which need not be what is there; None: nothing was opened yet.
     """
 
     device_id: DeviceId
@@ -48,10 +51,12 @@ class Machine:
     threads: int | None = None
     emulate: str | None = None
     memory_limit: int | None = None
+    computes_with: str | None = None
+    accelerated: bool | None = None
 
     @classmethod
-    def of(cls, settings: DeviceSettings) -> Machine:
-        """Return what these settings say."""
+    def of(cls, settings: DeviceSettings, backend: Backend | None = None) -> Machine:
+        """Return what these settings say, and the backend that they opened, if they did."""
         return cls(
             device_id=DeviceId(settings.device_id),
             backend=settings.backend,
@@ -59,6 +64,8 @@ class Machine:
             threads=settings.threads,
             emulate=settings.emulate,
             memory_limit=settings.least_memory,
+            computes_with=None if backend is None else backend.computes_with,
+            accelerated=None if backend is None else backend.accelerator is not None,
         )
 
     @property
@@ -118,7 +125,7 @@ class Profiler:
         """
         architecture = _architecture(request)
         key = self._key(request, architecture)
-        if not fresh and (key in self._known or self._cache.load(key) is not None):
+        if not fresh and (key in self._known or self._remembered(key) is not None):
             return ()
         return architecture.front_pieces(
             _blocks(architecture), head_on_device=request.training.labels == "device"
@@ -163,11 +170,19 @@ class Profiler:
         *,
         fresh: bool,
     ) -> Measurements:
-        known = None if fresh else self._cache.load(key)
+        known = None if fresh else self._remembered(key)
         if known is None:
             return self._computed(request, files, architecture, key)
         logger.info("measured before: compute and memory are from the cache")
         return _grown(known)
+
+    def _remembered(self, key: ProfileKey) -> Measurements | None:
+        """Return what was measured before, if the same computed then as now.
+
+        A GPU's libraries may have failed to load then, or now.
+        """
+        known, now = self._cache.load(key), self._machine.computes_with
+        return None if known is not None and now not in (None, known.computes_with) else known
 
     def _computed(
         self,
@@ -211,8 +226,9 @@ class Profiler:
         )
 
     def _spec(self, request: MeasureRequest, files: Mapping[str, Path]) -> ProbeSpec:
-        machine = self._machine
-        on_gpu = machine.device != "cpu" and self._sensors.facts().accelerator is not None
+        machine, on_gpu = self._machine, self._machine.accelerated
+        if on_gpu is None:
+            on_gpu = machine.device != "cpu" and self._sensors.facts().accelerator is not None
         return ProbeSpec(
             backend=machine.backend_name,
             device=None if machine.device == "auto" else machine.device,

@@ -10,6 +10,7 @@ import platform
 from edge_agent import link_probe, records
 from edge_agent.agent import Agent
 from edge_agent.backends import open_backend
+from edge_agent.backends.base import Backend
 from edge_agent.conversation import Conversation, Pulse, new_instance, status_will
 from edge_agent.downloads import Downloads
 from edge_agent.emulation import EmulatedLink, emulated, link_of, over_link
@@ -86,7 +87,7 @@ def run(settings: AgentSettings, clock: Clock) -> int:
             records=text.training,
             held_out_records=text.held_out,
             clock=clock,
-            profiler=_profiler(settings, sensors, clock, emulated_link),
+            profiler=_profiler(settings, backend, sensors, clock, emulated_link),
             share_labels=settings.share_labels,
         )
         agent = Agent(conversation, profile, parts)
@@ -97,6 +98,7 @@ def run(settings: AgentSettings, clock: Clock) -> int:
 
 def _profiler(
     settings: AgentSettings,
+    backend: Backend,
     sensors: Sensors,
     clock: Clock,
     emulated_link: EmulatedLink | None,
@@ -105,7 +107,7 @@ def _profiler(
         settings.broker, settings.device_id, clock=clock, emulated=emulated_link
     )
     return Profiler(
-        Machine.of(settings),
+        Machine.of(settings, backend),
         sensors,
         ProfileCache(settings.state / FOLDER),
         measure_link=tolerant(measure_link),

@@ -373,6 +373,28 @@ def test_the_memory_is_that_which_training_computes_in(
     assert bench.sensors.asked == asked
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_gpu_that_does_not_compute_has_none_of_the_memory_that_is_probed(tmp_path, accelerated):
+    """A machine with a GPU and an onnxruntime for the CPU, say."""
+    bench = Bench(tmp_path, device="auto", accelerated=accelerated)
+    bench.sensors.known = DeviceFacts(accelerator="H200")
+    bench.measure()
+    assert bench.sensors.asked[0] is accelerated, "for the limit of the probe"
+
+
+def test_what_another_provider_computed_is_measured_anew(tmp_path):
+    """CUDA's libraries may have failed to load, so that the CPU computed; or the other way."""
+    cpu, gpu = "onnxruntime 1, CPUExecutionProvider", "onnxruntime 1, CUDAExecutionProvider 0"
+    bench = Bench(tmp_path, result=dataclasses.replace(RESULT, computes_with=cpu))
+    bench.measure()
+    for now, probes in [(None, 1), (cpu, 1), (gpu, 2)]:
+        bench.machine = dataclasses.replace(bench.machine, computes_with=now)
+        bench.restart()
+        assert bool(bench.profiler.pieces(REQUEST)) is (now == gpu)
+        bench.measure()
+        assert len(bench.probed) == probes
+
+
 def test_a_program_that_has_grown_since_counts_as_it_is_now(tmp_path):
     small = dataclasses.replace(
         RESULT,
