@@ -20,6 +20,9 @@ from shared.terms import LabelMode, LoraTerms, TrainingChoices
 from tests.support.tiny_models import TinyModel
 
 CACHE = Path(__file__).parents[2] / "build" / "test-graphs"
+"""Lasts longer than a test, and than a session: an export takes half a minute."""
+NOT_OF_THE_EXPORTER = {"command", "exporting", "library", "program", "stored"}
+"""Of the files in coordinator/graphs: what keeps graphs, serves them or starts an export."""
 ALL_LINEAR = {
     "gpt2": ("c_attn", "c_proj", "c_fc"),
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -80,11 +83,19 @@ def put_in_cache(library: GraphLibrary) -> None:
     stored.save(library._folder, {name: file.read_bytes() for name, file in files.items()})
 
 
+def cache_of_programs() -> Path:
+    """Return where all coordinators that tests start as programs may keep their graphs."""
+    folder = CACHE / f"programs-{_exporter()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @cache
 def _exporter() -> str:
     """Return a hash of the exporter's source, so that no test passes with a former one's graphs."""
     (folder,) = coordinator.graphs.__path__
     content = hashlib.sha256()
-    for file in ("cutting", "export", "functions", "linear", "spec", "tracing"):
-        content.update((Path(folder) / f"{file}.py").read_bytes())
+    for file in sorted(Path(folder).glob("*.py")):
+        if file.stem not in NOT_OF_THE_EXPORTER:
+            content.update(file.name.encode() + file.read_bytes())
     return content.hexdigest()[:16]

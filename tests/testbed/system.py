@@ -16,8 +16,13 @@ from typing import Any
 import yaml
 
 from tests.support.brokers import wait_until
+from tests.support.graph_files import cache_of_programs
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+GRAPHS = Path("hsplit", "graphs")
+"""Below ``XDG_CACHE_HOME``."""
 
 
 @dataclass
@@ -57,15 +62,20 @@ class System:
     """A run folder's worth of processes. Use it as a context manager: it leaves none behind.
 
     ``settings`` of the coordinator may hold a ``broker`` of their own, or None for the embedded.
+    ``shares_graphs``: whether what a coordinator exports serves other systems too, and it finds
+    what they exported.
     """
 
     folder: Path
     broker_url: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    shares_graphs: bool = True
     processes: list[Process] = field(default_factory=list)
 
     def __enter__(self) -> System:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.shares_graphs:
+            with_shared_graphs(self._home)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,6 +83,15 @@ class System:
             if process.popen.poll() is None:
                 process.popen.kill()
             process.popen.wait(timeout=30)
+
+    @property
+    def graphs(self) -> Path:
+        """Where the coordinator keeps exported graphs."""
+        return self._home / GRAPHS
+
+    @property
+    def _home(self) -> Path:
+        return self.folder / "home"
 
     @property
     def run_file(self) -> Path:
@@ -96,13 +115,22 @@ class System:
             f"coordinator{number or ''}", ["coordinator.cli", "run", str(self.run_file), *flags]
         )
 
-    def agent(self, device: str, data: Path, *flags: str, name: str | None = None) -> Process:
-        """Start ``hsplit-agent run`` for one device."""
+    def agent(
+        self,
+        device: str,
+        data: Path,
+        *flags: str,
+        name: str | None = None,
+        program: Path | None = None,
+    ) -> Process:
+        """Start ``hsplit-agent run`` for one device; ``program``: that of another environment."""
         own = self.folder / (name or device)
-        return self.start(
+        ours = [sys.executable, "-m", "edge_agent.cli"]
+        return self.launch(
             name or device,
             [
-                *("edge_agent.cli", "run", "--broker", self.broker_url),
+                *(ours if program is None else [str(program)]),
+                *("run", "--broker", self.broker_url),
                 *("--device-id", device, "--data", str(data)),
                 *("--state-folder", str(own), "--cache-folder", str(own / "cache")),
                 *flags,
@@ -111,15 +139,19 @@ class System:
 
     def start(self, name: str, module: Sequence[str]) -> Process:
         """Start a module of ours as a program."""
+        return self.launch(name, [sys.executable, "-m", *module])
+
+    def launch(self, name: str, command: Sequence[str]) -> Process:
+        """Start any program."""
         log = self.folder / f"{name}.log"
         with log.open("wb") as output:
             popen = subprocess.Popen(
-                [sys.executable, "-m", *module],
+                command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=ROOT,
-                env={**os.environ, "XDG_CACHE_HOME": str(self.folder / "home"), **self.environment},
+                env={**os.environ, "XDG_CACHE_HOME": str(self._home), **self.environment},
             )
         process = Process(name, popen, log)
         self.processes.append(process)
@@ -159,6 +191,15 @@ class System:
             summary: dict[str, Any] = json.loads((self.run_folder / "summary.json").read_text())
             return summary
         raise AssertionError("the run left no summary.json")
+
+
+def with_shared_graphs(home: Path) -> Path:
+    """Return ``home`` for an ``XDG_CACHE_HOME`` whose graphs are those of all such."""
+    graphs = home / GRAPHS
+    graphs.parent.mkdir(parents=True, exist_ok=True)
+    if not graphs.is_symlink():
+        graphs.symlink_to(cache_of_programs(), target_is_directory=True)
+    return home
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from tests.support.brokers import free_port, wait_until
 from tests.testbed import large_base, small_run
 from tests.testbed.in_process import coordinator_main
 from tests.testbed.mosquitto_runs import write_messages
-from tests.testbed.system import Process, System
+from tests.testbed.system import Process, System, with_shared_graphs
 
 pytestmark = [
     pytest.mark.slow,
@@ -164,7 +164,7 @@ def test_the_memory_of_a_device_shows_that_it_holds_only_its_front(large):
 
 
 def test_the_demo_shows_a_strategy_in_which_only_adapters_travel(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(with_shared_graphs(tmp_path / "cache")))
     monkeypatch.setattr(demo, "STEPS", 6)
     ended = coordinator_main(
         "demo", "--rounds", "1", "--strategy", "ffa-lora", "--folder", str(tmp_path)
@@ -180,7 +180,7 @@ def test_the_demo_shows_a_strategy_in_which_only_adapters_travel(tmp_path, monke
 
 
 def test_the_demo_runs_and_prints_what_it_did(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(with_shared_graphs(tmp_path / "cache")))
     monkeypatch.setattr(demo, "STEPS", 8)  # of the 30 steps of each round
     ended = coordinator_main("demo", "--rounds", "1", "--folder", str(tmp_path))
     assert ended.code == 0, ended.words

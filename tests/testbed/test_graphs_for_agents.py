@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.broker, pytest.mark.slow, pytest.mark.timeout(300)]
 
 def test_a_coordinator_that_is_stopped_ends_its_export_and_leaves_no_half_of_it(tmp_path):
     texts = small_run.write_text(tmp_path / "text")
-    with broker(tmp_path) as url, System(tmp_path / "system", url) as system:
+    folder = tmp_path / "system"
+    with broker(tmp_path) as url, System(folder, url, shares_graphs=False) as system:
         coordinator = system.coordinator(small_run.settings())
         text = texts["nano"]
         system.agent("nano", text.data, *text.flags(), "--backend", "onnx")
@@ -27,4 +28,4 @@ def test_a_coordinator_that_is_stopped_ends_its_export_and_leaves_no_half_of_it(
         coordinator.send(signal.SIGTERM)
         assert coordinator.wait() == program.TERMINATED
         assert not child.is_running()
-        assert not list((system.folder / "home" / "hsplit" / "graphs").glob("*/*"))
+        assert not list(system.graphs.glob("*/*"))
