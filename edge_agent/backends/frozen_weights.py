@@ -9,6 +9,7 @@ float32 here, with weights that have the values of that dtype.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -45,6 +46,7 @@ class FrozenWeights:
         """
         self._stored = open_tensors(dict.fromkeys(files))
         self._dtype: ComputeDtype = dtype
+        self._opened: dict[Path, int] = {}
 
     def get(self, name: str) -> Array32:
         """Return one tensor, read-only where it is a view of its file.
@@ -66,19 +68,32 @@ class FrozenWeights:
     def rows(self, name: str, numbers: npt.NDArray[np.int32]) -> Array32:
         """Return some rows of a matrix, read from its file: the others never come into memory.
 
+        The file stays open from the first time on, so it may then be deleted, as mapped ones may.
+
         Raises:
-            ModelError: it is not in the files.
+            ModelError: it is not in the files, or they cannot be read.
         """
         stored = self._find(name)
         distinct, places = np.unique(numbers, return_inverse=True)
         raw = np.empty((len(distinct), *stored.shape[1:]), dtype=_NUMPY[stored.dtype])
         row_bytes = raw[:1].nbytes
-        with stored.file.open("rb", buffering=0) as file:
+        try:
+            fd = self._descriptor(stored.file)
             for row, number in zip(raw, distinct.tolist(), strict=True):
-                at = stored.offset + number * row_bytes
-                if os.preadv(file.fileno(), [row], at) != row_bytes:
+                if os.preadv(fd, [row], stored.offset + number * row_bytes) != row_bytes:
                     raise ModelError(f"{stored.file} ends within row {number} of {name}")
+        except OSError as error:
+            raise ModelError(
+                f"{stored.file} cannot be read ({error.strerror}): start this agent again, and "
+                "what is missing is fetched"
+            ) from error
         return self._as_float32(raw, stored.dtype)[places]
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._opened:
+            self._opened[file] = fd = os.open(file, os.O_RDONLY)
+            weakref.finalize(self, os.close, fd)
+        return self._opened[file]
 
     def _find(self, name: str) -> StoredTensor:
         try:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edge_agent.backends.base import FrontBase
+from edge_agent.backends.base import FrontBase, MicroBatch
 from edge_agent.backends.onnx_backend import OnnxBackend
 from shared.adapters import LoraPair, ModuleAdapter
 from shared.errors import ModelError, ProtocolError
@@ -19,7 +23,7 @@ from shared.protocol.messages import DeviceId
 from shared.terms import LoraTerms
 from tests.support import onnx_child
 from tests.support.loaded_backends import front_base
-from tests.support.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_batch, tiny_model
 
 # A first export takes its time where many tests run at once.
 pytestmark = pytest.mark.timeout(600)
@@ -76,6 +80,43 @@ def test_graphs_of_another_model_are_refused(change, weight, base, tmp_path):
     other = tiny_model("gpt2", **change).front_base(tmp_path, split_layer=3, head=True)
     with pytest.raises(ModelError, match=rf"weight {weight} has shape .* not of the same model"):
         load(dataclasses.replace(other, graphs=base.graphs))
+
+
+def test_weights_that_are_deleted_while_they_are_used_are_used_on(base):
+    """As torch does: somebody empties the cache of an agent that trains."""
+    backend, batch = load(base), tiny_batch((3, 5))
+    before = backend.whole(MicroBatch(0, 0), batch, train=False)
+    for file in base.files.values():
+        file.unlink()
+    assert backend.whole(MicroBatch(0, 1), batch, train=False) == before
+
+
+def test_weights_that_are_gone_before_they_are_used_are_said_so(base):
+    backend = load(base)
+    base.files["embeddings"].unlink()
+    with pytest.raises(ModelError, match=r"embeddings.* cannot be read \(No such file"):
+        backend.whole(MicroBatch(0, 0), tiny_batch((3, 5)), train=False)
+
+
+def test_files_are_closed_with_the_backend(base):
+    backend = load(base)
+    file = os.fspath(base.files["embeddings"])
+    mapped = open_files().count(file)
+    for index in range(3):
+        backend.whole(MicroBatch(0, index), tiny_batch((3, 5)), train=False)
+        assert open_files().count(file) == mapped + 1
+    del backend
+    gc.collect()
+    assert file not in open_files()
+
+
+def open_files() -> list[str]:
+    """Return the files that this process has open, each as often as it has, mapped ones too."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(str(link.readlink()))
+    return found
 
 
 def test_an_adapter_where_no_graph_adapts_is_refused(base):
