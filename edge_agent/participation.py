@@ -117,6 +117,10 @@ class Participation:
         yield from self._tokenise()
         if self._parts.backend.needs_graphs:
             self.phase = "waiting for graphs"
+            logger.info(
+                "asking for graphs to compute with; the first to ask waits until the coordinator "
+                "has made them: half a minute to a few minutes"
+            )
             self._graphs = yield from self._provisions.graphs()
         if self._measure_at is not None and self._parts.profiler is not None:
             yield from self._measure(self._measure_at, self._parts.profiler)

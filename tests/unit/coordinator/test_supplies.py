@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -185,6 +186,16 @@ def test_rounds_of_others_go_on_meanwhile(simulated, tmp_path, children, monkeyp
     assert waits.error is None
     assert set(waits.parts.backend.given) == NAMES, "and then it took part"
     assert sim.reporter.summary().devices["waits"].target_tokens > 0
+
+
+def test_who_waits_says_so_to_its_owner(simulated, children, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv(BEHAVIOUR, "is_stuck")
+    sim = simulated()
+    add(sim, "nano")
+    run_to_the_wait(sim)
+    told = [one.getMessage() for one in caplog.records if one.name.startswith("edge_agent.")]
+    assert told[-1].startswith("asking for graphs to compute with; the first to ask waits")
 
 
 def test_no_deadline_runs_against_who_waits(simulated, tmp_path, children, monkeypatch):
