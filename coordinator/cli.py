@@ -13,6 +13,7 @@ from coordinator.evaluation import choices
 from shared import health, logs, version
 from shared.clock import SystemClock
 from shared.config_layers import Flag
+from shared.errors import ConfigError
 from shared.program import exit_code
 
 logger = logging.getLogger("coordinator")
@@ -21,7 +22,20 @@ logger = logging.getLogger("coordinator")
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, carry out the command, return the exit code."""
     arguments = _parser().parse_args(argv)
-    return exit_code(lambda: int(arguments.command(arguments) or 0))
+    return exit_code(lambda: _carried_out(arguments))
+
+
+def _carried_out(arguments: argparse.Namespace) -> int:
+    try:
+        return int(arguments.command(arguments) or 0)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("coordinator", "shared"):
+            raise  # ours: not a matter of what is installed
+        raise ConfigError(
+            f"this command needs {package}, which is not installed here, as where only an agent "
+            "is: pip install 'hsplit[coordinator]'"
+        ) from error
 
 
 def _parser() -> argparse.ArgumentParser:

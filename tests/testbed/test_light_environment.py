@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from packaging.utils import canonicalize_name
 
+from shared.errors import ConfigError
 from tests.support import light_environment
 from tests.support.installed_sizes import closure_bytes
 
@@ -83,6 +84,21 @@ def test_every_module_of_the_agent_can_be_imported_there_and_loads_none(programs
 def test_the_agent_starts_there(programs: Path):
     assert "COMMAND" in run(programs / "hsplit-agent", "--help")
     assert run(programs / "hsplit-agent", "--version").startswith("hsplit ")
+
+
+def test_the_coordinator_says_there_what_to_install(programs: Path):
+    done = subprocess.run(
+        [programs / "hsplit-coordinator", "run", "run.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=light_environment.FOLDER,
+        env={"PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == ConfigError.exit_code
+    assert done.stderr.startswith("hsplit: this command needs ")
+    assert "pip install 'hsplit[coordinator]'" in done.stderr
 
 
 def test_the_torch_backend_says_there_what_to_install(programs: Path):
