@@ -25,6 +25,9 @@ from tests.support.outcomes import PATIENT
 from tests.support.planned import planned
 from tests.support.traffic import messages
 
+# A first export takes its time where many tests run at once.
+pytestmark = pytest.mark.timeout(600)
+
 FLOAT = "float tensor"
 CALL = {"session": str, "number": int, "answered_below": int}
 ADAPTER = {
