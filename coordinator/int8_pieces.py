@@ -38,8 +38,8 @@ def with_int8_blocks(
 ) -> tuple[dict[str, Tensors], Sequence[Path]]:
     """Return the pieces, the first ``blocks`` blocks' in 8 bits, and the files that these are in.
 
-    ``identity``: another one for every other checkpoint. What is missing or damaged among the
-    files is computed again.
+    ``identity``: another one for every other checkpoint. What is missing among the files, or cut
+    short, is computed again; bytes that changed in place are not noticed, as in the checkpoint.
 
     Raises:
         PlanError: the model has fewer blocks.
