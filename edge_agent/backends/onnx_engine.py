@@ -92,21 +92,26 @@ class Engine:
         try:
             self.open("a trial", _TRIAL).run({"x": self.put(np.zeros(1, np.float32))})
         except Exception as error:  # as in `_session`
-            if isinstance(error, HsplitError) or not self.is_gpu:
+            is_other = isinstance(error, HsplitError) and not isinstance(error, ConfigError)
+            if is_other or not self.is_gpu:
                 raise
-            self._provider_failed(error)
+            cause = error.__cause__ if isinstance(error, ConfigError) else error
+            if self._asked is not None:
+                raise self._unusable(cause) from error
+            why = _in_brackets(cause)
+            logger.warning("%s does not load%s: computing on the CPU instead", self.provider, why)
+            self._kind = "cpu"
 
     def open(self, name: str, path: Path | bytes) -> Graph:
         """Open the graph in a file, or what one holds.
 
         Raises:
             ModelError: this onnxruntime cannot read it.
-            ConfigError: the provider that was asked for by name does not load.
+            ConfigError: the provider does not load; see `load_provider`.
         """
         session = self._session(name, path)
-        if PROVIDERS[self._kind] not in session.get_providers():
-            self._provider_failed()
-            session = self._session(name, path)
+        if self.provider not in session.get_providers():
+            raise self._unusable(None)
         return Graph(name, session, device=self._place)
 
     def put(self, array: npt.NDArray[Any]) -> Value:
@@ -129,24 +134,20 @@ class Engine:
             return ort.InferenceSession(graph, self._options(), providers=self._providers())
         except Exception as error:  # onnxruntime's own are many, and derive from Exception alone
             if self.is_gpu and not _is_of_the_graph(error):
-                self._provider_failed(error)
-                return self._session(name, path)
+                raise self._unusable(error) from error
             raise ModelError(
                 f"{name}: onnxruntime {ort.__version__} cannot open this graph "
                 f"({_first_line(error)}); if it is older than the coordinator's, upgrade it: "
                 "pip install --upgrade onnxruntime"
             ) from error
 
-    def _provider_failed(self, error: Exception | None = None) -> None:
-        why = "" if error is None else f" ({_first_line(error)})"
-        if self._asked is not None:
-            raise ConfigError(
-                f"device {self._asked} was asked for, but onnxruntime {ort.__version__} cannot "
-                f"load its {self.provider}{why}: check the driver and the libraries that it "
-                "needs, or choose device: cpu"
-            ) from error
-        logger.warning("%s does not load%s: computing on the CPU instead", self.provider, why)
-        self._kind = "cpu"
+    def _unusable(self, cause: BaseException | None) -> ConfigError:
+        return ConfigError(
+            f"onnxruntime {ort.__version__} cannot compute on device "
+            f"{self._asked or self._kind}: its {self.provider} does not load"
+            f"{_in_brackets(cause)}; check the driver and the libraries that it needs, or "
+            "choose device: cpu"
+        )
 
     def _providers(self) -> list[Any]:
         kinds = _IN_ORDER[_IN_ORDER.index(self._kind) :]
@@ -264,6 +265,10 @@ def _is_of_the_graph(error: Exception) -> bool:
         "NoSuchFile",
         "NotImplemented",
     )
+
+
+def _in_brackets(cause: BaseException | None) -> str:
+    return "" if cause is None else f" ({_first_line(cause)})"
 
 
 def _first_line(error: BaseException) -> str:

@@ -29,7 +29,7 @@ from edge_agent.backends.packed_rows import PackedRows
 from shared.adapters import AdapterState, HeldAdapters
 from shared.architecture import ModelArchitecture
 from shared.errors import ModelError, ProtocolError
-from shared.graphs import EMBEDDINGS, Direction, adds_to_tokens, block_kind, graph_name
+from shared.graphs import DIRECTIONS, EMBEDDINGS, Direction, adds_to_tokens, block_kind, graph_name
 
 _WEIGHT = "weight."
 
@@ -76,7 +76,7 @@ class OnnxFront:
         ]
         self._opened: dict[str, Graph] = {}
         for kind in dict.fromkeys(self._kinds):
-            for direction in ("forward", "backward", "lowest"):
+            for direction in DIRECTIONS:
                 self._open(graph_name(kind, direction))
         self._modules = self._linear_modules()
         self._frozen = [self._frozen_values(block) for block in range(split_layer)]
@@ -107,20 +107,17 @@ class OnnxFront:
                 self._put(name, module.trained())
 
     def _hold(self, names: Iterable[str]) -> None:
-        """Put all that these modules hold where the graphs find it."""
+        """Put all that these modules hold, their weights included."""
         for name in names:
-            module = self._modules[name]
+            module, (block, inside) = self._modules[name], self._place(name)
+            self._held[block].update(self._values_of(module.weight, f"{inside}.weight"))
             self._put(name, {**module.trained(), **module.fixed()})
-            _, inside = self._place(name)
-            self._put_values(name, graph_inputs(module.weight, f"{inside}.weight"))
 
-    def _put(self, name: str, parts: Mapping[str, Array32]) -> None:
-        _, inside = self._place(name)
-        self._put_values(name, {f"{part}.{inside}": array for part, array in parts.items()})
-
-    def _put_values(self, name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        block, _ = self._place(name)
-        self._held[block].update({n: self._engine.put(array) for n, array in arrays.items()})
+    def _put(self, name: str, arrays: Mapping[str, Array32]) -> None:
+        """Put some of what a module holds, by the first part of its inputs' names."""
+        block, inside = self._place(name)
+        values = {f"{part}.{inside}": self._engine.put(array) for part, array in arrays.items()}
+        self._held[block].update(values)
 
     def module(self, name: str) -> AdaptedModule:
         """Return a linear module by its full path.

@@ -96,6 +96,7 @@ def test_a_gpu_that_does_not_load_is_warned_of_once_and_the_cpu_computes(tmp_pat
     caplog.set_level(logging.WARNING)
     engine = Engine(threads=1)
     assert engine.is_gpu
+    engine.load_provider()
     graphs = [engine.open(name, doubling(tmp_path)) for name in ("g", "h")]
     assert [doubled(engine, graph) for graph in graphs] == [[2.0, 4.0]] * 2
     assert (engine.provider, engine.is_gpu) == (CPU, False)
@@ -105,7 +106,17 @@ def test_a_gpu_that_does_not_load_is_warned_of_once_and_the_cpu_computes(tmp_pat
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
 @pytest.mark.usefixtures("claims_cuda")
+def test_a_gpu_that_fails_after_it_loaded_is_no_reason_to_go_on_without_it(tmp_path):
+    """What is on it already could not be used from the CPU."""
+    with pytest.raises(ConfigError, match="device cuda: its CUDAExec.*check the driver"):
+        Engine().open("g", doubling(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.usefixtures("claims_cuda")
 def test_a_gpu_that_was_asked_for_and_does_not_load_is_refused(tmp_path, caplog):
-    with pytest.raises(ConfigError, match="cuda was asked for.*check the driver.*device: cpu"):
-        Engine("cuda").open("g", doubling(tmp_path))
+    with pytest.raises(
+        ConfigError, match="device cuda: its CUDAExec.*check the driver.*device: cpu"
+    ):
+        Engine("cuda").load_provider()
     assert not caplog.records
