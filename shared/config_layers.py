@@ -15,7 +15,7 @@ from shared.config_errors import KeyPath, dotted, unknown_key
 from shared.errors import ConfigError
 
 PREFIX = "HSPLIT_"
-NOT_SETTINGS = frozenset({"HSPLIT_REQUIRE_BROKER"})
+NOT_SETTINGS = frozenset({"HSPLIT_REQUIRE_BROKER", "HSPLIT_REQUIRE_INDEX"})
 """Variables with our prefix that speak to the test suite, which starts real programs."""
 
 _NOT_YAML = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)

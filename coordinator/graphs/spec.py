@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
+from shared import version
 from shared.architecture import ModelArchitecture
 from shared.graphs import block_kind
 from shared.terms import LoraTerms, TrainingChoices
@@ -66,6 +67,7 @@ class GraphSpec:
         architecture = self.architecture()
         parts = {
             "format": _FORMAT,
+            "hsplit": version.VERSION,
             "libraries": {name: metadata.version(name) for name in _LIBRARIES},
             "config": json.loads(self.config_json),
             "task": architecture.task,

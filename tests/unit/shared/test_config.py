@@ -122,8 +122,9 @@ def test_an_unknown_variable_stops_the_start(tmp_path, variable, suggestion):
     assert suggestion in said
 
 
-def test_the_variable_that_speaks_to_the_tests_is_no_setting(tmp_path):
-    assert load(tmp_path, environment={"HSPLIT_REQUIRE_BROKER": "1", "PATH": "/bin"})
+@pytest.mark.parametrize("what", ["BROKER", "INDEX"])
+def test_the_variables_that_speak_to_the_tests_are_no_settings(tmp_path, what):
+    assert load(tmp_path, environment={f"HSPLIT_REQUIRE_{what}": "1", "PATH": "/bin"})
 
 
 @pytest.mark.parametrize(
