@@ -89,8 +89,8 @@ test: install mosquitto ## All tests; the agent and shared on Python 3.10 too, w
 	else echo "NOTE: no Python 3.10 here, so the agent was not tested on it"; fi
 
 # The agent's own environment: no torch, no transformers. Tests that import them (directly, or by
-# what tests/support/tiny_models.py or simulation.py builds) belong to the run above.
-HEAVY := ^ *(import|from) +(torch|transformers|peft|amqtt|coordinator|shared\.modeling|tests\.support\.(tiny_models|simulation))
+# some modules of tests/support) belong to the run above.
+HEAVY := ^ *(import|from) +(torch|transformers|peft|amqtt|coordinator|onnx( |$$)|shared\.modeling|tests\.support\.(tiny_models|simulation|backends_with_graphs|graph_files|loaded_backends|int8_models))
 LIGHT_TESTS = $(shell grep -LE '$(HEAVY)' -r --include='test_*.py' tests/unit/*.py tests/unit/shared tests/unit/edge_agent tests/property tests/protocol 2>/dev/null)
 
 .PHONY: test-310
