@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,10 @@ from edge_agent.backends.onnx_front import Passed
 from edge_agent.backends.onnx_head import JudgedRows
 from edge_agent.backends.onnx_memory import OnnxMemory
 from edge_agent.backends.onnx_part import OnnxPart
+from edge_agent.backends.open_work import OpenWork, finite_loss
 from edge_agent.backends.packed_rows import rows_read_by_head
 from shared.adapters import AdapterState, HeldAdapters
-from shared.class_counts import ClassCounts, total
+from shared.class_counts import ClassCounts
 from shared.classifier_weights import ClassifierTensors
 from shared.errors import NumericsError, ProtocolError
 from shared.memory_use import AcceleratorMemory, trim
@@ -31,14 +32,6 @@ from shared.protocol.tensors import TensorFrame
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
 
 _explained = explained_out_of_memory()
-
-
-@dataclass(frozen=True, slots=True)
-class _Probe:
-    """The modules whose importance is measured, and what it came to so far."""
-
-    modules: frozenset[str]
-    sums: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,10 +70,7 @@ class OnnxBackend:
         self._engine = Engine(device, threads=threads)
         self._memory = _loaded_on(self._engine)
         self._part: OnnxPart | None = None
-        self._trained: dict[MicroBatch, _Kept] = {}
-        self._evaluated: dict[MicroBatch, _Kept] = {}
-        self._probe: _Probe | None = None
-        self._counts: ClassCounts = ()
+        self._open: OpenWork[_Kept] = OpenWork()
 
     @property
     def accelerator(self) -> str | None:
@@ -160,8 +150,7 @@ class OnnxBackend:
 
     def take_counts(self) -> ClassCounts:
         """Return how the classifier chose in evaluations here since the last time."""
-        counts, self._counts = self._counts, ()
-        return counts
+        return self._open.take_counts()
 
     @_explained
     def forward(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> TensorFrame:
@@ -177,10 +166,8 @@ class OnnxBackend:
         hidden_ND, kept = self._run(key, batch, train=train)
         what = f"activations of step {key.step}, micro-batch {key.index}"
         frame = to_frame(hidden_ND, dtype=training.wire_dtype, what=what)
-        if train:
-            self._trained[key] = kept
-        elif training.labels == "device":
-            self._evaluated[key] = kept
+        if train or training.labels == "device":
+            self._open.keep(key, kept, train=train)
         return frame
 
     @_explained
@@ -191,9 +178,9 @@ class OnnxBackend:
             NumericsError: wrong shape or dtype, NaN or infinity; nothing was accumulated.
             ProtocolError: no such micro-batch is open.
         """
-        kept = _find(self._trained, key)
+        kept = self._open.find(key, train=True)
         gradient_ND = self._receive(gradient, kept.shape, what=f"gradient of {key}")
-        del self._trained[key]
+        self._open.close(key, train=True)
         self._go_back(kept, gradient_ND, what=str(key))
 
     @_explained
@@ -208,11 +195,11 @@ class OnnxBackend:
             NumericsError: wrong shape or dtype, NaN or infinity, received or in the loss.
             ProtocolError: no such micro-batch is open, or the head is on the server.
         """
-        kept = _find(self._trained if train else self._evaluated, key)
+        kept = self._open.find(key, train=train)
         hidden_MD = self._receive(hidden, kept.head_shape, what=f"hidden states of {key}")
         judged = self._judge(key, hidden_MD, kept, train=train)
         if judged.gradient_MD is None:
-            del self._evaluated[key]
+            self._open.close(key, train=False)
             return judged.loss_sum, None
         dtype = self._loaded().training.wire_dtype
         frame = to_frame(judged.gradient_MD, dtype=dtype, what=f"head gradient of {key}")
@@ -259,11 +246,9 @@ class OnnxBackend:
         Raises:
             ProtocolError: a micro-batch or a probe is open, or a name is no linear module here.
         """
-        if self._trained or self._probe is not None:
-            raise ProtocolError("a probe cannot begin: micro-batches or another probe are open")
         for name in modules:
             self._loaded().front.module(name)
-        self._probe = _Probe(frozenset(modules))
+        self._open.begin_probe(modules)
 
     def end_probe(self) -> Mapping[str, float]:
         """Return Σ_j |w_j ∂L/∂w_j| of the summed loss by module, added up over micro-batches.
@@ -271,17 +256,11 @@ class OnnxBackend:
         Raises:
             ProtocolError: a micro-batch is still open, or there is no probe.
         """
-        if self._trained or self._probe is None:
-            raise ProtocolError("no probe can end: there is none, or its micro-batches are open")
-        sums, self._probe = self._probe.sums, None
-        return sums
+        return self._open.end_probe()
 
     def discard(self) -> None:
         """Forget all kept micro-batches, accumulated gradients, counts and a probe."""
-        self._trained.clear()
-        self._evaluated.clear()
-        self._probe = None
-        self._counts = ()
+        self._open.discard()
         if self._part is not None:
             self._part.optimizer.discard()
 
@@ -307,7 +286,7 @@ class OnnxBackend:
     def _run(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> tuple[Array32, _Kept]:
         part = self._loaded()
         check_batch(batch, part.architecture, longest=part.training.max_length)
-        learns = train and self._probe is None
+        learns = train and self._open.probe is None
         probes_from = 0 if train else None
         hidden_ND, passed = part.front.forward(
             batch,
@@ -326,32 +305,27 @@ class OnnxBackend:
         if head is None:
             raise ProtocolError("this part of the model has no head")
         judged = head.judge(hidden_MD, kept.labels_M, train=train)
-        if not math.isfinite(judged.loss_sum):
-            raise NumericsError(
-                f"the loss of step {key.step}, micro-batch {key.index} is {judged.loss_sum}: "
-                "training diverged; lower optimizer.learning_rate"
-            )
+        finite_loss(judged.loss_sum, key)
         if not train:
-            self._counts = total((self._counts, judged.counts))
+            self._open.count(judged.counts)
         return judged
 
     def _go_back(self, kept: _Kept, gradient_ND: Array32, *, what: str) -> None:
         """Carry a gradient through the front: to learn, or to measure."""
         part = self._loaded()
-        if self._probe is None:
+        if self._open.probe is None:
             for name, (a_RI, b_OR) in part.front.backward(kept.passed, gradient_ND).items():
                 part.optimizer.accumulate(name, (b_OR,) if part.freeze_a else (a_RI, b_OR))
             return
-        modules = self._probe.modules
+        modules = self._open.probe.modules
         sums = part.front.importance(kept.passed, gradient_ND, modules=modules)
         bad = sorted(name for name, value in sums.items() if not math.isfinite(value))
         if bad:
             raise NumericsError(f"{what}: the importance of {bad[0]} is not finite")
-        for name, value in sums.items():
-            self._probe.sums[name] = self._probe.sums.get(name, 0.0) + value
+        self._open.probe.add(sums)
 
     def _learn(self, judged: JudgedRows) -> None:
-        if self._probe is None:
+        if self._open.probe is None:
             for name, gradient in judged.classifier_gradients.items():
                 self._loaded().optimizer.accumulate(name, (gradient,))
 
@@ -376,9 +350,3 @@ def _loaded_on(engine: Engine) -> OnnxMemory | None:
         return memory
     memory.close()
     return None
-
-
-def _find(kept: dict[MicroBatch, _Kept], key: MicroBatch) -> _Kept:
-    if key not in kept:
-        raise ProtocolError(f"micro-batch {key.index} of step {key.step} is not open here")
-    return kept[key]

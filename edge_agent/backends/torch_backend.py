@@ -6,20 +6,20 @@ Shape suffixes: N packed tokens, M of them that the head reads, D hidden size.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from edge_agent.backends.base import FrontBase, MicroBatch, TokenBatch, check_batch
+from edge_agent.backends.open_work import OpenWork, finite_loss
 from shared.adapters import AdapterState, HeldAdapters
-from shared.class_counts import ClassCounts, total
+from shared.class_counts import ClassCounts
 from shared.classifier_weights import ClassifierTensors
 from shared.dropout_seed import dropout_seed
-from shared.errors import ModelError, NumericsError, ProtocolError
+from shared.errors import ModelError, ProtocolError
 from shared.memory_use import AcceleratorMemory
 from shared.modeling.accelerator import TorchMemory, wait_for
 from shared.modeling.compute import compute_device, explained_out_of_memory
@@ -33,14 +33,6 @@ from shared.protocol.tensors import TensorFrame
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
 
 _explained = explained_out_of_memory("this device")
-
-
-@dataclass(frozen=True, slots=True)
-class _Probe:
-    """The modules whose importance is measured, and what it came to so far."""
-
-    modules: tuple[str, ...]
-    sums: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,10 +73,7 @@ class TorchBackend:
         self._optimizer: AdapterOptimizer | None = None
         self._training = TrainingTerms()
         self._device_id = DeviceId("")
-        self._trained: dict[MicroBatch, _Kept] = {}
-        self._evaluated: dict[MicroBatch, _Kept] = {}
-        self._probe: _Probe | None = None
-        self._counts: ClassCounts = ()
+        self._open: OpenWork[_Kept] = OpenWork()
 
     @property
     def accelerator(self) -> str | None:
@@ -171,8 +160,7 @@ class TorchBackend:
 
     def take_counts(self) -> ClassCounts:
         """Return how the classifier chose in evaluations here since the last time."""
-        counts, self._counts = self._counts, ()
-        return counts
+        return self._open.take_counts()
 
     @_explained
     def forward(self, key: MicroBatch, batch: TokenBatch, *, train: bool) -> TensorFrame:
@@ -187,10 +175,8 @@ class TorchBackend:
         kept = self._run(key, batch, train=train)
         what = f"activations of step {key.step}, micro-batch {key.index}"
         frame = to_frame(kept.hidden_ND, dtype=self._training.wire_dtype, what=what)
-        if train:
-            self._trained[key] = kept
-        elif self._training.labels == "device":
-            self._evaluated[key] = kept
+        if train or self._training.labels == "device":
+            self._open.keep(key, kept, train=train)
         return frame
 
     @_explained
@@ -201,10 +187,10 @@ class TorchBackend:
             NumericsError: wrong shape or dtype, NaN or infinity; nothing was accumulated.
             ProtocolError: no such micro-batch is open.
         """
-        kept = _find(self._trained, key)
+        kept = self._open.find(key, train=True)
         shape = tuple(kept.hidden_ND.shape)
         gradient_ND = self._receive(gradient, shape, what=f"gradient of {key}")
-        del self._trained[key]
+        self._open.close(key, train=True)
         self._go_back(kept, kept.hidden_ND, gradient_ND.to(kept.hidden_ND.dtype), what=str(key))
 
     @_explained
@@ -219,13 +205,13 @@ class TorchBackend:
             NumericsError: wrong shape or dtype, NaN or infinity, received or in the loss.
             ProtocolError: no such micro-batch is open.
         """
-        front, kept = self._loaded(), _find(self._trained if train else self._evaluated, key)
+        front, kept = self._loaded(), self._open.find(key, train=train)
         shape = (len(kept.labels_M), kept.hidden_ND.shape[1])
         received_MD = self._receive(hidden, shape, what=f"hidden states of {key}")
         hidden_MD = received_MD.to(front.dtype).requires_grad_(train)
         loss, loss_sum = self._judge(key, hidden_MD, kept, train=train)
         if not train:
-            del self._evaluated[key]
+            self._open.close(key, train=False)
             return loss_sum, None
         learning = [] if front.head is None or kept.watched else [*front.head.parameters().values()]
         gradient_MD, *gradients = torch.autograd.grad(loss, [hidden_MD, *learning])
@@ -270,11 +256,9 @@ class TorchBackend:
         Raises:
             ProtocolError: a micro-batch or a probe is open, or a name is no linear module here.
         """
-        if self._trained or self._probe is not None:
-            raise ProtocolError("a probe cannot begin: micro-batches or another probe are open")
         for name in modules:
             linear_module(self._loaded().skeleton, name)
-        self._probe = _Probe(tuple(modules))
+        self._open.begin_probe(modules)
 
     def end_probe(self) -> Mapping[str, float]:
         """Return Σ_j |w_j ∂L/∂w_j| of the summed loss by module, added up over micro-batches.
@@ -282,17 +266,11 @@ class TorchBackend:
         Raises:
             ProtocolError: a micro-batch is still open, or there is no probe.
         """
-        if self._trained or self._probe is None:
-            raise ProtocolError("no probe can end: there is none, or its micro-batches are open")
-        sums, self._probe = self._probe.sums, None
-        return sums
+        return self._open.end_probe()
 
     def discard(self) -> None:
         """Forget all kept micro-batches, accumulated gradients, counts and a probe."""
-        self._trained.clear()
-        self._evaluated.clear()
-        self._probe = None
-        self._counts = ()
+        self._open.discard()
         if self._optimizer is not None:
             self._optimizer.discard()
 
@@ -322,13 +300,13 @@ class TorchBackend:
             micro_batch=key.index,
             side="device",
         )
-        front.adapters.dropout.begin(seed if train and self._probe is None else None)
+        front.adapters.dropout.begin(seed if train and self._open.probe is None else None)
         packing = Packing.of(batch.lengths, device=self._device)
         ids_N, labels_M = self._long(batch.input_ids), front.read(self._long(batch.labels), packing)
         types_N = None if batch.token_types is None else self._long(batch.token_types)
-        if train and self._probe is not None:
+        if train and self._open.probe is not None:
             embedded_ND = front.embed(ids_N, packing, types_N)
-            with watching(front.skeleton, self._probe.modules, source=embedded_ND) as watched:
+            with watching(front.skeleton, self._open.probe.modules, source=embedded_ND) as watched:
                 hidden_ND = front.run_blocks(embedded_ND, packing, first=0)
             return _Kept(hidden_ND, labels_M, packing, watched)
         with torch.set_grad_enabled(train):
@@ -339,19 +317,18 @@ class TorchBackend:
     ) -> tuple[torch.Tensor, float]:
         with torch.set_grad_enabled(train):
             judged = self._loaded().judge(hidden_MD, kept.labels_M)
-        loss_sum = _finite(float(judged.loss.detach()), key)
+        loss_sum = finite_loss(float(judged.loss.detach()), key)
         if not train:
-            self._counts = total((self._counts, judged.counts))
+            self._open.count(judged.counts)
         return judged.loss, loss_sum
 
     def _go_back(
         self, kept: _Kept, output: torch.Tensor, outer: torch.Tensor | None, *, what: str
     ) -> None:
         """Carry the gradient of ``output`` through the front: to learn, or to measure."""
-        if kept.watched is not None and self._probe is not None:
+        if kept.watched is not None and self._open.probe is not None:
             _, sums = kept.watched.backward(output, outer, what=what)
-            known = self._probe.sums
-            known.update({name: known.get(name, 0.0) + value for name, value in sums.items()})
+            self._open.probe.add(sums)
         elif output.requires_grad:
             torch.autograd.backward(output, outer)
 
@@ -381,18 +358,3 @@ def _parse(config_json: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError("config.json of the base model is not a JSON object")
     return config
-
-
-def _find(kept: dict[MicroBatch, _Kept], key: MicroBatch) -> _Kept:
-    if key not in kept:
-        raise ProtocolError(f"micro-batch {key.index} of step {key.step} is not open here")
-    return kept[key]
-
-
-def _finite(loss_sum: float, key: MicroBatch) -> float:
-    if not math.isfinite(loss_sum):
-        raise NumericsError(
-            f"the loss of step {key.step}, micro-batch {key.index} is {loss_sum}: training "
-            "diverged; lower optimizer.learning_rate"
-        )
-    return loss_sum

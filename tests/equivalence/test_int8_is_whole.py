@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from coordinator.aggregation import SERVER, GlobalUpdate, ModuleUpdate
 from coordinator.export import export_adapter, export_merged
 from coordinator.factoring import Term, recompress
-from coordinator.model_card import ModelCard
 from edge_agent.backends.base import FrontBase, MicroBatch
 from edge_agent.backends.onnx_backend import OnnxBackend
 from edge_agent.backends.torch_backend import TorchBackend
@@ -25,6 +24,7 @@ from shared.protocol.messages import DeviceId
 from shared.protocol.tensors import pack, unpack
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
 from tests.equivalence.test_split_is_whole import OPTIMIZERS, STEPS, batches_of_run, lora_of
+from tests.support import exported_adapters
 from tests.support.closeness import largest_difference, relative
 from tests.support.graph_files import ALL_LINEAR, graph_files, put_in_cache
 from tests.support.int8_models import Int8Model, int8_model, plain_model
@@ -207,17 +207,7 @@ def test_a_fleet_of_both_agents_holds_base_and_update_after_every_hand_back(tmp_
 
 # --- law 5 --------------------------------------------------------------------------------------
 
-CARD = ModelCard(
-    base_model="tiny",
-    run_id="run-1",
-    strategy="hsplitlora",
-    hand_back="residual",
-    labels="device",
-    rounds=1,
-    steps=1,
-    devices=(),
-    int8_blocks=BLOCKS,
-)
+CARD = dataclasses.replace(exported_adapters.CARD, int8_blocks=BLOCKS)
 
 
 def random_update(model: Int8Model) -> GlobalUpdate:

@@ -36,15 +36,16 @@ from coordinator.importance import from_device, theta
 from coordinator.model_store import ModelStore
 from coordinator.planning.device_plan import adaptable_shapes, adapted
 from coordinator.planning.rank_policy import ranks_by_importance
-from edge_agent.backends.base import MicroBatch, TokenBatch
+from edge_agent.backends.base import MicroBatch
 from edge_agent.backends.torch_backend import TorchBackend
-from edge_agent.dataset import Dataset, Sequences
-from edge_agent.records import Records
+from edge_agent.dataset import Dataset
 from edge_agent.vocabulary import Vocabulary
 from shared.protocol.messages import DeviceId
 from shared.terms import LoraTerms, OptimizerTerms, TrainingTerms
+from tests.support.split_system import tokens_of
 from tests.support.tiny_models import TinyModel
 from tests.testbed.bench_report import write_report
+from tests.testbed.joined_text import joined
 
 DEVICE = DeviceId("bench")
 BATCH, MAX_LENGTH, EVALUATE_BATCH = 8, 128, 24
@@ -98,8 +99,12 @@ class Bench:
         vocabulary = Vocabulary(base / "tokenizer.json", description)
         shards = demo.shards()
         self.data = Dataset(
-            training=_joined(vocabulary, [shard.training for shard in shards]),
-            held_out=_joined(vocabulary, [shard.held_out for shard in shards]),
+            training=joined(
+                vocabulary, [shard.training for shard in shards], max_length=MAX_LENGTH
+            ),
+            held_out=joined(
+                vocabulary, [shard.held_out for shard in shards], max_length=MAX_LENGTH
+            ),
             seed=job.seed,
             device_id=DEVICE,
         )
@@ -204,7 +209,7 @@ class Bench:
         batches = self.data.micro_batches(step * BATCH, batch=count, micro_batch=micro_batch)
         for index, batch in enumerate(batches):
             self.backend.whole(MicroBatch(step, index), batch, train=True)
-        return _tokens(batches)
+        return tokens_of(batches)
 
     def _perplexity(self) -> float:
         batches = self.data.evaluation_batches(EVALUATE_BATCH)
@@ -212,21 +217,7 @@ class Bench:
             self.backend.whole(MicroBatch(0, index), batch, train=False)
             for index, batch in enumerate(batches)
         )
-        return math.exp(nats / _tokens(batches))
-
-
-def _tokens(batches: Sequence[TokenBatch]) -> int:
-    return sum(batch.target_tokens for batch in batches)
-
-
-def _joined(vocabulary: Vocabulary, files: Sequence[Path]) -> Sequences:
-    parts = []
-    for file in files:
-        tokens = vocabulary.tokenise(Records.load(file), max_length=MAX_LENGTH)
-        for index in range(len(tokens)):
-            rows = slice(tokens.starts[index], tokens.starts[index + 1])
-            parts.append((tokens.input_ids_M[rows], tokens.labels_M[rows]))
-    return Sequences.join(parts)
+        return math.exp(nats / tokens_of(batches))
 
 
 def run(job: Job) -> Outcome:

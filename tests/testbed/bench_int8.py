@@ -18,7 +18,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,18 @@ import transformers
 
 from coordinator import demo
 from coordinator.model_store import ModelStore
-from edge_agent.backends.base import FrontBase, MicroBatch, TokenBatch
+from edge_agent.backends.base import FrontBase, MicroBatch
 from edge_agent.backends.torch_backend import TorchBackend
-from edge_agent.dataset import Dataset, Sequences
-from edge_agent.records import Records
+from edge_agent.dataset import Dataset
 from edge_agent.vocabulary import Vocabulary
 from shared.adapters import LoraPair, ModuleAdapter
 from shared.protocol.messages import DeviceId
 from shared.terms import LoraTerms, OptimizerTerms, TrainingChoices, TrainingTerms
 from tests.support.graph_files import graph_files
+from tests.support.split_system import tokens_of
 from tests.testbed.bench_agents import Child
 from tests.testbed.bench_report import write_report
+from tests.testbed.joined_text import joined
 
 DEVICE = DeviceId("bench")
 TARGETS = ("c_attn", "c_proj", "c_fc")
@@ -75,8 +76,12 @@ class Learner:
         vocabulary = Vocabulary(base / "tokenizer.json", store.describe())
         shards = demo.shards()
         self._data = Dataset(
-            training=_joined(vocabulary, [shard.training for shard in shards]),
-            held_out=_joined(vocabulary, [shard.held_out for shard in shards]),
+            training=joined(
+                vocabulary, [shard.training for shard in shards], max_length=MAX_LENGTH
+            ),
+            held_out=joined(
+                vocabulary, [shard.held_out for shard in shards], max_length=MAX_LENGTH
+            ),
             seed=seed,
             device_id=DEVICE,
         )
@@ -106,7 +111,7 @@ class Learner:
             batches = self._data.micro_batches(step * BATCH, batch=BATCH, micro_batch=BATCH)
             for index, batch in enumerate(batches):
                 self._backend.whole(MicroBatch(step, index), batch, train=True)
-            self._backend.step(step, target_tokens=_tokens(batches))
+            self._backend.step(step, target_tokens=tokens_of(batches))
 
     def perplexity(self) -> float:
         batches = self._data.evaluation_batches(EVALUATE_BATCH)
@@ -114,21 +119,7 @@ class Learner:
             self._backend.whole(MicroBatch(0, index), batch, train=False)
             for index, batch in enumerate(batches)
         ]
-        return math.exp(sum(nats) / _tokens(batches))
-
-
-def _joined(vocabulary: Vocabulary, files: Sequence[Path]) -> Sequences:
-    parts = []
-    for file in files:
-        tokens = vocabulary.tokenise(Records.load(file), max_length=MAX_LENGTH)
-        for index in range(len(tokens)):
-            rows = slice(tokens.starts[index], tokens.starts[index + 1])
-            parts.append((tokens.input_ids_M[rows], tokens.labels_M[rows]))
-    return Sequences.join(parts)
-
-
-def _tokens(batches: Sequence[TokenBatch]) -> int:
-    return sum(batch.target_tokens for batch in batches)
+        return math.exp(sum(nats) / tokens_of(batches))
 
 
 def perplexities(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
